@@ -1,0 +1,56 @@
+# Every target makes the virtual environment that it needs; a machine with Python and
+# make is enough. PYTHON=python3.12 takes another interpreter, in an environment of its
+# own.
+
+PYTHON ?= python3
+VENV := $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
+BIN := $(VENV)/bin
+JOBS ?= 2
+INSTALLED := $(VENV)/.installed
+OUT ?= out/digits
+# Documents whose examples are run.
+PAGES := README.md
+
+.PHONY: help demo demo-small test test-all lint format types doctest figures check clean
+
+help:  ## List the targets.
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED)  ## Train a deep network on real digits, with and without batch norm.
+	$(BIN)/python examples/train_digits.py --out $(OUT)
+
+demo-small: $(INSTALLED)  ## The same, shortened to seconds.
+	$(BIN)/python examples/train_digits.py --steps 20 --out $(OUT)-small
+
+test: $(INSTALLED)  ## Run the tests.
+	$(BIN)/python -m pytest -q -n $(JOBS) -m 'not slow'
+
+test-all: $(INSTALLED)  ## Run the tests and the slow ones.
+	$(BIN)/python -m pytest -q -n $(JOBS)
+
+doctest: $(INSTALLED)  ## Run the examples in docstrings and pages.
+	$(BIN)/python -m pytest -q --doctest-modules jaxbn --doctest-glob='*.md' $(PAGES)
+
+lint: $(INSTALLED)  ## Check style and format.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED)  ## Mend style and format.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(INSTALLED)  ## Check types.
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+figures: $(INSTALLED)  ## Draw the pictures that the pages show.
+	$(BIN)/python examples/train_digits.py --out $(OUT) --figure docs/figures/digits.png
+
+check: lint types test doctest demo-small  ## Everything that must pass.
+
+clean:  ## Remove what the targets made.
+	rm -rf .venv .venv-* out .pytest_cache .ruff_cache .hypothesis dist

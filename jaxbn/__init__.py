@@ -1,0 +1,38 @@
+"""Batch normalization for JAX.
+
+Four verbs: `moments` and `normalize`, `batch_norm` which is both with a hand-written
+derivative, and `update` for running statistics. `jaxbn.layers` puts them together as
+pairs of pure functions; `jaxbn.linen` and `jaxbn.nnx` as Flax modules.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from jaxbn._batch_norm import batch_norm as batch_norm
+from jaxbn._moments import Moments as Moments
+from jaxbn._moments import merge_moments as merge_moments
+from jaxbn._moments import moments as moments
+from jaxbn._normalize import normalize as normalize
+from jaxbn._running_stats import RunningStats as RunningStats
+from jaxbn._running_stats import cumulative as cumulative
+from jaxbn._running_stats import debiased as debiased
+from jaxbn._running_stats import init_stats as init_stats
+from jaxbn._running_stats import update as update
+from jaxbn import interop as interop, layers as layers
+
+if TYPE_CHECKING:
+    from jaxbn import linen as linen
+    from jaxbn import nnx as nnx
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    # Importing jaxbn must not import Flax, so its modules load on first touch.
+    if name in ("linen", "nnx"):
+        return importlib.import_module(f"jaxbn.{name}")
+    raise AttributeError(f"module 'jaxbn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), "linen", "nnx"])

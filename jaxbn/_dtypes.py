@@ -1,0 +1,59 @@
+"""Which dtypes come in, which one sums are accumulated in, and which one goes out."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+
+def accumulation(*dtypes: DTypeLike) -> Any:
+    """The real dtype of sums over values of `dtypes`: float32, float64 if one has it."""
+    wide = any(jnp.finfo(dtype).dtype.itemsize == 8 for dtype in dtypes)
+    return jnp.dtype(jnp.float64 if wide else jnp.float32)
+
+
+def widen(array: jax.Array, *like: jax.Array | None) -> jax.Array:
+    """`array` in the accumulation dtype of itself and `like`; complex stays complex."""
+    dtypes = [a.dtype for a in (array, *like) if a is not None]
+    return array.astype(jnp.promote_types(array.dtype, accumulation(*dtypes)))
+
+
+def inexact_array(name: str, value: ArrayLike) -> jax.Array:
+    """`value` as an array, refused unless it is floating or complex."""
+    array = jnp.asarray(value)
+    if not jnp.issubdtype(array.dtype, jnp.inexact):
+        raise TypeError(
+            f"`{name}` must be floating or complex, got dtype {array.dtype}. "
+            f"Cast it first, for example `{name}.astype(jnp.float32)`."
+        )
+    return array
+
+
+def require_no_imaginary_loss(name: str, array: jax.Array, into: str, dtype) -> None:
+    """Refuses a complex `name` where what takes it up, `into`, is real."""
+    if jnp.iscomplexobj(array) and not _is_complex(dtype):
+        raise TypeError(
+            f"`{name}` is complex ({array.dtype}) where `{into}` is real "
+            f"({jnp.dtype(dtype)}): its imaginary part would be lost. "
+            f"Make `{into}` complex too, or pass a real `{name}`."
+        )
+
+
+def output(x_dtype: DTypeLike, dtype: DTypeLike | None) -> Any:
+    """The output's dtype: `dtype`, by default that of `x`."""
+    if dtype is None:
+        return jnp.dtype(x_dtype)
+    if not jnp.issubdtype(dtype, jnp.inexact) or (
+        _is_complex(dtype) != _is_complex(x_dtype)
+    ):
+        kind = "complex" if _is_complex(x_dtype) else "floating"
+        raise TypeError(
+            f"`dtype` must be {kind}, as `x` is ({jnp.dtype(x_dtype)}), got "
+            f"{jnp.dtype(dtype)}. Leave it out to get the dtype of `x`."
+        )
+    return jax.dtypes.canonicalize_dtype(dtype)
+
+
+def _is_complex(dtype: DTypeLike) -> bool:
+    return jnp.issubdtype(dtype, jnp.complexfloating)

@@ -1,0 +1,143 @@
+"""Sums over devices: the one collective, sub-groups, and varying axes.
+
+Whatever differs between JAX versions around `shard_map` and its types belongs here.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+AxisName = str | tuple[str, ...]
+Groups = Sequence[Sequence[int]]
+
+
+def require_bound(
+    axis_name: AxisName | None, axis_index_groups: Groups | None = None
+) -> None:
+    """Refuses axis names that nothing binds, and groups that do not partition one."""
+    size = 1
+    for name in _names(axis_name):
+        size *= _size(name)
+    if axis_index_groups is None:
+        return
+    if len(_names(axis_name)) != 1:
+        raise ValueError(
+            f"`axis_index_groups` needs a single `axis_name`, got {axis_name!r}. Name "
+            "one axis, or make the groups an axis of the mesh."
+        )
+    if sorted(i for group in axis_index_groups for i in group) != list(range(size)):
+        raise ValueError(
+            f"`axis_index_groups` is {axis_index_groups!r}, which does not partition "
+            f"the {size} indices of axis {axis_name!r}. Name each of 0 to {size - 1} "
+            "exactly once."
+        )
+
+
+def all_sum(
+    sums: Sequence[jax.Array],
+    axis_name: AxisName | None,
+    axis_index_groups: Groups | None = None,
+) -> list[jax.Array]:
+    """Each array summed over the devices, all of them by one real all-reduce."""
+    if axis_name is None:
+        return list(sums)
+    flat = jnp.concatenate([jnp.ravel(part) for s in sums for part in _real_parts(s)])
+    if axis_index_groups is None:
+        flat = lax.psum(flat, axis_name)
+    else:
+        flat = _group_sum(flat, axis_name, axis_index_groups)
+    return _unravel(flat, sums)
+
+
+def hashable(axis_name, axis_index_groups) -> tuple:
+    """Both as tuples all the way down, to be compared while tracing."""
+    if isinstance(axis_name, list):
+        axis_name = tuple(axis_name)
+    if axis_index_groups is not None:
+        axis_index_groups = tuple(tuple(map(int, g)) for g in axis_index_groups)
+    return axis_name, axis_index_groups
+
+
+def vary_like(array: jax.Array, *like: jax.Array | None) -> jax.Array:
+    """`array`, marked as varying over every axis that one of `like` varies over."""
+    wanted = frozenset().union(*(_varying(a) for a in like if a is not None))
+    missing = tuple(sorted(wanted - _varying(array)))
+    return lax.pcast(array, missing, to="varying") if missing else array
+
+
+def require_same_on_all(name: str, array: jax.Array, axis_name: AxisName | None):
+    """Refuses an array that, by its type, differs along the axes summed over."""
+    differs = sorted(_varying(array) & frozenset(_names(axis_name)))
+    if differs:
+        raise ValueError(
+            f"`{name}` varies over the axes {differs}, which `axis_name` sums over. "
+            "It must be the same on every device: pass a replicated array, or combine "
+            f"it first, for example `lax.pmean({name}, {axis_name!r})`."
+        )
+
+
+def cotangent_like(
+    operand: jax.Array, local: jax.Array, total: jax.Array, axis_name: AxisName | None
+) -> jax.Array:
+    """The cotangent of `operand`: its sum on this device, or `total` over `axis_name`.
+
+    An operand that its type says is the same along an axis gets the sum over that axis.
+    Where this is the sum over `axis_name`, `total` has it without another all-reduce.
+    """
+    missing = _varying(local) - _varying(operand)
+    summed = frozenset(_names(axis_name))
+    if summed and summed <= missing:
+        local, missing = total, missing & _varying(total)
+    return lax.psum(local, tuple(sorted(missing))) if missing else local
+
+
+def _names(axis_name: AxisName | None) -> tuple[str, ...]:
+    if axis_name is None:
+        return ()
+    return tuple(axis_name) if isinstance(axis_name, (tuple, list)) else (axis_name,)
+
+
+def _size(name: str) -> int:
+    try:
+        return lax.axis_size(name)
+    except NameError as error:
+        raise NameError(
+            f"`axis_name` has {name!r}, which is not bound here. Name an axis of the "
+            "`jax.shard_map`, `jax.pmap` or `jax.vmap` around this call, or leave it "
+            "out: under plain `jax.jit`, statistics of a sharded batch are global."
+        ) from error
+
+
+def _varying(array: jax.Array) -> frozenset:
+    return frozenset(jax.typeof(array).manual_axis_type.varying)
+
+
+def _group_sum(flat: jax.Array, axis_name: AxisName, groups: Groups) -> jax.Array:
+    # psum(axis_index_groups=...) exists neither under shard_map's check_vma nor under
+    # vmap. A table with a row per group does, and so does its derivative. The rows are
+    # selected, not multiplied by 0 or 1: a NaN stays in its own group.
+    group_of = {index: g for g, group in enumerate(groups) for index in group}
+    group_of = jnp.asarray([group_of[index] for index in range(len(group_of))])
+    own = group_of[lax.axis_index(_names(axis_name)[0])]
+    rows = jnp.expand_dims(jnp.arange(len(groups)) == own, 1)
+    return lax.psum(jnp.where(rows, flat[None], 0), axis_name)[own]
+
+
+def _real_parts(array: jax.Array) -> tuple[jax.Array, ...]:
+    return (array.real, array.imag) if jnp.iscomplexobj(array) else (array,)
+
+
+def _unravel(flat: jax.Array, like: Sequence[jax.Array]) -> list[jax.Array]:
+    ends = np.cumsum([part.size for array in like for part in _real_parts(array)])
+    pieces = iter(jnp.split(flat, ends[:-1]))
+    return [
+        (
+            lax.complex(next(pieces), next(pieces))
+            if jnp.iscomplexobj(array)
+            else next(pieces)
+        ).reshape(array.shape)
+        for array in like
+    ]

@@ -1,0 +1,188 @@
+"""Mean and variance of a batch: `moments`, and `merge_moments` to pool them."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import ArrayLike
+
+from jaxbn import _axes, _dtypes, _mesh, _sums
+
+
+class Moments(NamedTuple):
+    """Mean, variance and size of a batch, or of part of one.
+
+    Attributes:
+      mean: Array with the shape of the feature axes; complex for complex data.
+      var: Biased variance E[|x − mean|²], real and never negative, of the same shape.
+      count: The total weight n, summed over all devices: a scalar, or an array with the
+        shape of the feature axes where the weights vary along them.
+
+    Example:
+      >>> import jaxbn, jax.numpy as jnp
+      >>> jaxbn.moments(jnp.array([[1.0, 10.0], [3.0, 10.0]]))._asdict()
+      {'mean': Array([ 2., 10.], dtype=float32), 'var': Array([1., 0.], dtype=float32), 'count': Array(2., dtype=float32)}
+    """
+
+    mean: jax.Array
+    var: jax.Array
+    count: jax.Array
+
+
+def moments(
+    x: ArrayLike,
+    *,
+    feature_axes: _axes.Axes = -1,
+    weights: ArrayLike | None = None,
+    shift: ArrayLike | None = None,
+    axis_name: _mesh.AxisName | None = None,
+    axis_index_groups: _mesh.Groups | None = None,
+) -> Moments:
+    """Mean and biased variance of `x` over all axes but the feature axes.
+
+        n = Σw      mean = Σwx / n      var = Σw|x − mean|² / n
+
+    All sums run over the reduced axes and over the devices of `axis_name`, so that the
+    result is that of the whole batch, however it is spread.
+
+    Args:
+      x: Floating or complex array of any rank. Sums are accumulated in float32, or in
+        float64 for 64-bit input.
+      feature_axes: The axes that are kept, an integer or a tuple. By default the last.
+      weights: Boolean mask or non-negative numbers (frequencies) that broadcast against
+        `x` by NumPy's rule; by default all 1. Where the weight is 0, `x` may be
+        anything, NaN and infinity included. Weights are data: gradients stop there.
+      shift: Chooses the algorithm. None reads `x` twice and is exact for any ratio of
+        mean to standard deviation. An array with the shape of the feature axes, near
+        the mean (a running mean), reads `x` once, and is as exact as it is near: the
+        relative error of the variance grows as 1 + ((shift − mean) / std)². It must be
+        the same on all devices of `axis_name`; its entries that are not finite count
+        as 0. A shift is data: gradients stop there.
+      axis_name: Name or names of mapped axes (`jax.shard_map`, `jax.pmap`, `jax.vmap`)
+        to sum over. With a shift this takes one all-reduce, without one two.
+      axis_index_groups: Groups of indices that partition the one named axis; each group
+        then has moments of its own.
+
+    Returns:
+      `Moments(mean, var, count)` in the accumulation dtype; `mean` and `var` have the
+      shape of the feature axes, in ascending order. Where the total weight is 0, `var`
+      is 0 and `mean` is the shift, or 0. The sums over devices carry the name
+      "jaxbn_moments" for `jax.checkpoint` policies.
+
+    Raises:
+      TypeError: `x` is not floating or complex, or `weights` or `shift` are complex
+        where `x` is real.
+      ValueError: An axis is out of range or named twice, `shift` has another shape
+        than the feature axes, `weights` do not broadcast, or the groups do not
+        partition the axis.
+      NameError: `axis_name` is not bound.
+
+    Example:
+      >>> import jaxbn, jax.numpy as jnp
+      >>> x = jnp.array([[1.0, 2.0], [3.0, 6.0], [jnp.nan, jnp.inf]])
+      >>> m = jaxbn.moments(x, weights=jnp.array([[True], [True], [False]]))
+      >>> print(m.mean, m.var, m.count)
+      [2. 4.] [1. 4.] 2.0
+
+    References:
+      Chan, Golub and LeVeque, "Algorithms for computing the sample variance" (1983):
+      the shifted sums, and the corrected two-pass algorithm, which is the shifted one
+      about the mean of a first pass.
+    """
+    x = _dtypes.inexact_array("x", x)
+    feature_axes = _axes.canonical(feature_axes, x.ndim)
+    _mesh.require_bound(axis_name, axis_index_groups)
+    if weights is not None:
+        weights = _axes.weights_like(weights, x, _dtypes.accumulation(x.dtype))
+    if shift is not None:
+        shift = _checked_shift(shift, x, feature_axes, axis_name)
+
+    def all_sum(*sums):
+        sums = _mesh.all_sum(sums, axis_name, axis_index_groups)
+        return [checkpoint_name(s, "jaxbn_moments") for s in sums]
+
+    def central_sums(center):
+        return _sums.central_sums(x, center, weights, feature_axes)
+
+    count = _sums.total_weight(x, weights, feature_axes)
+    if shift is None:
+        # The moments do not depend on the center, so neither does their derivative.
+        total = _sums.weighted_sum(lax.stop_gradient(x), weights, feature_axes)
+        total, count = all_sum(total, count)
+        center = total / divisor(count)
+        first, second = all_sum(*central_sums(center))
+    else:
+        center = jnp.where(jnp.isfinite(shift), shift, 0)
+        first, second, count = all_sum(*central_sums(center), count)
+
+    offset = first / divisor(count)
+    var = second / divisor(count) - _sums.squared(offset)
+    # Not maximum(var, 0), whose derivative is halved where var is 0.
+    return Moments(center + offset, jnp.where(var < 0, 0, var), count)
+
+
+def merge_moments(moments_: Moments, axis: _axes.Axes = 0) -> Moments:
+    """Pools stacked moments into those of all their data together.
+
+        n = Σnₖ      mean = Σnₖ·meanₖ / n
+        var = Σnₖ·varₖ / n + Σnₖ|meanₖ − mean|² / n
+
+    The result is that of `moments` on the concatenated batches, in any order and for
+    any counts; empty parts (count 0) do not matter.
+
+    Args:
+      moments_: `Moments` whose arrays have additional axes, as `jax.lax.scan` and
+        `jax.vmap` stack them. A count that was a scalar has only these axes.
+      axis: The stacked axes, as axes of `moments_.mean`.
+
+    Returns:
+      `Moments` without the stacked axes.
+
+    Raises:
+      ValueError: An axis is out of range, or `moments_.count` has neither the shape of
+        the stacked axes nor that of `moments_.mean`.
+
+    Example:
+      >>> import jax, jaxbn, jax.numpy as jnp
+      >>> x = jnp.arange(12.0).reshape(3, 4, 1)  # three parts of four examples
+      >>> merged = jaxbn.merge_moments(jax.vmap(jaxbn.moments)(x))
+      >>> print(merged.mean, merged.var, merged.count)
+      [5.5] [11.916667] 12.0
+
+    References:
+      Chan, Golub and LeVeque, "Algorithms for computing the sample variance" (1983).
+    """
+    mean, var, count = (jnp.asarray(a) for a in moments_)
+    stacked = _axes.canonical(axis, mean.ndim, "axis")
+    features = _axes.others(stacked, mean.ndim)
+    if count.shape == _axes.lengths(mean, stacked):
+        weights = jnp.expand_dims(count, features)
+    elif count.shape == mean.shape:
+        weights = count
+    else:
+        raise ValueError(
+            f"`moments_.count` has shape {count.shape}, expected that of the stacked "
+            f"axes, {_axes.lengths(mean, stacked)}, or of `moments_.mean`, "
+            f"{mean.shape}. Name every stacked axis in `axis`, got {axis}."
+        )
+    between = moments(mean, feature_axes=features, weights=weights)
+    within = moments(var, feature_axes=features, weights=weights)
+    pooled = between.count
+    if count.ndim > len(stacked):
+        pooled = jnp.broadcast_to(pooled, between.mean.shape)
+    return Moments(between.mean, within.mean + between.var, pooled)
+
+
+def divisor(count: jax.Array) -> jax.Array:
+    """A count to divide by: sums over nothing are 0 and stay 0."""
+    return jnp.maximum(count, jnp.finfo(count.dtype).tiny)
+
+
+def _checked_shift(shift, x, feature_axes, axis_name) -> jax.Array:
+    shift = lax.stop_gradient(_dtypes.inexact_array("shift", shift))
+    _dtypes.require_no_imaginary_loss("shift", shift, "x", x.dtype)
+    _axes.require_features("shift", shift, x, feature_axes)
+    _mesh.require_same_on_all("shift", shift, axis_name)
+    return shift.astype(_dtypes.widen(x).dtype)

@@ -1,0 +1,123 @@
+"""`normalize`: from given statistics to the output."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxbn import _axes, _dtypes
+
+NAME = "jaxbn_normalize"
+
+
+def normalize(
+    x: ArrayLike,
+    mean: ArrayLike,
+    var: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    feature_axes: _axes.Axes = -1,
+    epsilon: ArrayLike = 1e-5,
+    dtype: DTypeLike | None = None,
+) -> jax.Array:
+    """Normalizes `x` by given statistics.
+
+        y = (x − mean) · (scale / √(var + epsilon)) + bias
+
+    With running statistics this is batch norm's inference. The mean is subtracted
+    first, in float32 or wider: `x·a + b` loses 40 times the precision where mean/std is
+    large. Differentiable in every mode, to every order.
+
+    Args:
+      x: Floating or complex array.
+      mean: Array with the shape of the feature axes, in ascending order. This and the
+        following vectors may have further axes before those of the features, which
+        belong to the first reduced axes of `x`: one vector per example.
+      var: Variance, real, shaped as `mean`.
+      scale: Factor γ, shaped as `mean`; by default 1.
+      bias: Summand β, shaped as `mean`; by default 0.
+      feature_axes: The axes of `x` that the vectors run along. By default the last.
+      epsilon: Added to the variance. A number or a scalar array, and data: gradients
+        stop there.
+      dtype: The output's dtype, by default that of `x`.
+
+    Returns:
+      Array with the shape of `x`.
+
+    Raises:
+      TypeError: An argument is not floating or complex, `var` is complex, or another
+        vector is while `x` is not.
+      ValueError: An axis is out of range or named twice, or a vector does not have the
+        shape of the feature axes.
+
+    Example:
+      >>> import jaxbn, jax.numpy as jnp
+      >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
+      >>> mean, var = jnp.array([2.0, 20.0]), jnp.array([1.0, 100.0])
+      >>> print(jaxbn.normalize(x, mean, var, epsilon=0.0))
+      [[-1. -1.]
+       [ 1.  1.]]
+
+    References:
+      Ioffe and Szegedy, "Batch Normalization" (2015), algorithm 2.
+    """
+    x = _dtypes.inexact_array("x", x)
+    feature_axes = _axes.canonical(feature_axes, x.ndim)
+    given = {"mean": mean, "var": var, "scale": scale, "bias": bias}
+    vectors = {
+        name: checked_vector(name, v, x, feature_axes) for name, v in given.items()
+    }
+    _dtypes.require_no_imaginary_loss("var", vectors["var"], "variance", jnp.float32)
+    apply = _named_apply(feature_axes, _dtypes.output(x.dtype, dtype))
+    return apply(x, epsilon=checked_epsilon(epsilon), **vectors)
+
+
+def checked_vector(name, vector, x, feature_axes) -> jax.Array | None:
+    """A feature vector or per-example vectors for `x`; None stays None."""
+    if vector is None and name in ("scale", "bias"):
+        return None
+    vector = _dtypes.inexact_array(name, vector)
+    _dtypes.require_no_imaginary_loss(name, vector, "x", x.dtype)
+    _axes.require_features(name, vector, x, feature_axes, per_example=True)
+    return vector
+
+
+def checked_epsilon(epsilon: ArrayLike) -> jax.Array:
+    """Epsilon as a scalar array without gradient."""
+    array = jnp.asarray(epsilon)
+    if array.ndim or jnp.iscomplexobj(array):
+        raise ValueError(
+            f"`epsilon` must be a real scalar, got shape {array.shape}, dtype "
+            f"{array.dtype}. To weigh features differently, add it to `var` yourself."
+        )
+    if isinstance(epsilon, (int, float)) and epsilon < 0:
+        raise ValueError(f"`epsilon` must not be negative, got {epsilon}.")
+    return lax.stop_gradient(array)
+
+
+@functools.cache
+def _named_apply(feature_axes: tuple[int, ...], dtype):
+    """The formula as a jit of its own, whose name programs can be searched for."""
+
+    def apply(x, mean, var, scale, bias, epsilon):
+        vectors = (mean, var, scale, bias)
+
+        def wide(vector):
+            return _axes.expand(
+                _dtypes.widen(vector, x, *vectors), feature_axes, x.ndim
+            )
+
+        factor = lax.rsqrt(wide(var) + epsilon.astype(wide(var).dtype))
+        if scale is not None:
+            factor = factor * wide(scale)
+        y = (_dtypes.widen(x, *vectors) - wide(mean)) * factor
+        if bias is not None:
+            y = y + wide(bias)
+        return y.astype(dtype)
+
+    apply.__name__ = "_".join([NAME, "axis", *map(str, feature_axes)])
+    # What its derivative keeps is x, not x − mean.
+    return jax.jit(jax.checkpoint(apply, prevent_cse=False))

@@ -1,0 +1,245 @@
+"""Running statistics: the state that inference normalizes with, and its updates."""
+
+import dataclasses
+import math
+import operator
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxbn import _dtypes
+from jaxbn._moments import Moments
+
+Momentum = ArrayLike | Callable[[jax.Array], ArrayLike]
+
+
+class RunningStats(NamedTuple):
+    """Running mean and variance. Structure, shapes and dtypes never change.
+
+    Attributes:
+      mean: Array with the shape of the feature axes.
+      var: Real array of the same shape.
+      step: int32 scalar, the number of updates that had any weight.
+
+    Example:
+      >>> import jaxbn
+      >>> jaxbn.init_stats(2).step
+      Array(0, dtype=int32)
+    """
+
+    mean: jax.Array
+    var: jax.Array
+    step: jax.Array
+
+
+def init_stats(
+    features: int | tuple[int, ...], *, dtype: DTypeLike = jnp.float32
+) -> RunningStats:
+    """Running statistics before any update: mean 0, variance 1, step 0.
+
+    Args:
+      features: The number of features, or the lengths of several feature axes.
+      dtype: Of `mean`; `var` has its real part's. Complex for complex data.
+
+    Returns:
+      `RunningStats(mean, var, step)`.
+
+    Raises:
+      TypeError: `dtype` is not floating or complex, or `features` are not integers.
+
+    Example:
+      >>> import jaxbn
+      >>> stats = jaxbn.init_stats(3)
+      >>> print(stats.mean, stats.var, stats.step)
+      [0. 0. 0.] [1. 1. 1.] 0
+    """
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(
+            f"`dtype` must be floating or complex, got {jnp.dtype(dtype)}. "
+            "Use jnp.float32, the default."
+        )
+    try:
+        shape = tuple(map(operator.index, np.atleast_1d(np.asarray(features, object))))
+    except TypeError:
+        raise TypeError(
+            f"`features` must be an integer or a tuple of integers, got {features!r}."
+        ) from None
+    real = jnp.finfo(dtype).dtype
+    step = jnp.zeros((), jnp.int32)
+    return RunningStats(jnp.zeros(shape, dtype), jnp.ones(shape, real), step)
+
+
+def update(
+    stats: RunningStats,
+    moments: Moments,
+    *,
+    momentum: Momentum = 0.99,
+    unbiased: bool = False,
+) -> RunningStats:
+    """Moves running statistics towards the moments of a batch.
+
+        new = momentum · old + (1 − momentum) · batch
+
+    Args:
+      stats: The statistics so far.
+      moments: Those of the batch, as `moments` and `batch_norm` return them.
+      momentum: The weight of the *old* value, as in Flax, Keras and Haiku (PyTorch's
+        is the weight of the new one, 1 − this). A number from 0 to 1, an array that
+        broadcasts against the features, or a function of `stats.step`: `cumulative()`,
+        `debiased(0.99)`, or an optax schedule.
+      unbiased: Take the batch's variance times n/(n − 1) where n > 1.
+
+    Returns:
+      `RunningStats` with the dtypes of `stats`. Features without weight keep their
+      values; the step counts if any feature had weight. No gradient passes.
+
+    Raises:
+      TypeError: Complex moments for real statistics, or `unbiased` is not a bool.
+      ValueError: Other shapes than those of `stats`, or a momentum outside 0 to 1.
+
+    Example:
+      >>> import jaxbn, jax.numpy as jnp
+      >>> stats = jaxbn.init_stats(1)
+      >>> batch = jaxbn.moments(jnp.array([[1.0], [3.0], [5.0]]))
+      >>> stats = jaxbn.update(stats, batch, momentum=0.9)
+      >>> print(stats.mean, stats.step)
+      [0.3] 1
+
+    References:
+      Ioffe and Szegedy, "Batch Normalization" (2015), section 3.1 and algorithm 2.
+    """
+    _check_update(stats, moments, unbiased)
+    stats, moments = lax.stop_gradient((stats, moments))
+    old_weight = momentum(stats.step) if callable(momentum) else momentum
+    _check_momentum(old_weight, stats)
+    n = moments.count
+    var = moments.var
+    if unbiased:
+        var = jnp.where(n > 1, var * (n / jnp.where(n > 1, n - 1, 1)), var)
+
+    def blend(old: jax.Array, new: jax.Array) -> jax.Array:
+        wide = _dtypes.widen(old, new)
+        dtype = _dtypes.accumulation(wide.dtype)
+        # 1 − momentum before rounding: for 0.999 in bfloat16 it would be 0 after.
+        keep = jnp.asarray(old_weight, dtype)
+        take = jnp.asarray(1 - old_weight, dtype)
+        mixed = keep * wide + take * new.astype(wide.dtype)
+        return jnp.where(n > 0, mixed, wide).astype(old.dtype)
+
+    return RunningStats(
+        mean=blend(stats.mean, moments.mean),
+        var=blend(stats.var, var),
+        step=stats.step + jnp.any(n > 0).astype(stats.step.dtype),
+    )
+
+
+def cumulative() -> Callable[[jax.Array], jax.Array]:
+    """A momentum that makes running statistics the plain average of all batches.
+
+        momentum(step) = step / (step + 1)
+
+    Returns:
+      A function of the step for `update`; hashable, and equal to any other of its kind.
+
+    Example:
+      >>> import jaxbn, jax.numpy as jnp
+      >>> stats = jaxbn.init_stats(1)
+      >>> for value in (1.0, 2.0, 6.0):
+      ...     batch = jaxbn.moments(jnp.full((4, 1), value))
+      ...     stats = jaxbn.update(stats, batch, momentum=jaxbn.cumulative())
+      >>> print(stats.mean)
+      [3.]
+    """
+    return _Cumulative()
+
+
+def debiased(decay: float) -> Callable[[jax.Array], jax.Array]:
+    """A momentum that frees the exponential average from where it starts.
+
+        momentum(t) = decay · (1 − decayᵗ) / (1 − decayᵗ⁺¹)
+
+    The running value is then Σ decayᵏ·batchₜ₋ₖ / Σ decayᵏ at every step, for mean and
+    variance: the first batch replaces the initial 0 and 1, and later it is the usual
+    exponential average. What is stored is already debiased.
+
+    Args:
+      decay: The weight of the old value in the long run, 0 ≤ decay < 1.
+
+    Returns:
+      A function of the step for `update`; hashable, equal by value.
+
+    Raises:
+      ValueError: `decay` is not in [0, 1).
+
+    Example:
+      >>> import jaxbn, jax.numpy as jnp
+      >>> batch = jaxbn.moments(jnp.full((4, 1), 5.0))
+      >>> stats = jaxbn.update(
+      ...     jaxbn.init_stats(1), batch, momentum=jaxbn.debiased(0.99)
+      ... )
+      >>> print(stats.mean, stats.var)
+      [5.] [0.]
+
+    References:
+      Kingma and Ba, "Adam" (2015), section 3, written as a momentum.
+    """
+    if not 0 <= decay < 1:
+        raise ValueError(
+            f"`decay` must be at least 0 and below 1, got {decay}. For a plain average "
+            "(decay 1) use `cumulative()`."
+        )
+    return _Debiased(float(decay))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cumulative:
+    def __call__(self, step: jax.Array) -> jax.Array:
+        t = jnp.asarray(step).astype(jnp.float32)
+        return t / (t + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Debiased:
+    decay: float
+
+    def __call__(self, step: jax.Array) -> jax.Array:
+        t = jnp.asarray(step).astype(jnp.float32)
+        if self.decay == 0:
+            return jnp.zeros_like(t)
+        # 1 − decayᵗ by expm1: for decay near 1 the difference would lose its digits.
+        log = math.log(self.decay)
+        return self.decay * jnp.expm1(t * log) / jnp.expm1((t + 1) * log)
+
+
+def _check_update(stats: RunningStats, moments: Moments, unbiased: bool) -> None:
+    if not isinstance(unbiased, bool):
+        raise TypeError(f"`unbiased` must be True or False, got {unbiased!r}.")
+    for name in ("mean", "var"):
+        old, new = getattr(stats, name), getattr(moments, name)
+        if old.shape != new.shape:
+            raise ValueError(
+                f"`moments.{name}` has shape {new.shape}, expected {old.shape} as "
+                f"`stats.{name}`. Make `stats` by `init_stats` with the shape of the "
+                "feature axes."
+            )
+        _dtypes.require_no_imaginary_loss(
+            f"moments.{name}", new, f"stats.{name}", old.dtype
+        )
+
+
+def _check_momentum(momentum: ArrayLike, stats: RunningStats) -> None:
+    if isinstance(momentum, (int, float)) and not 0 <= momentum <= 1:
+        raise ValueError(
+            f"`momentum` is the weight of the old value, from 0 to 1, got {momentum}."
+        )
+    shape, features = jnp.shape(momentum), stats.mean.shape
+    if shape not in ((), features):
+        raise ValueError(
+            f"`momentum` has shape {shape}, expected a scalar or {features}, the shape "
+            "of the features."
+        )

@@ -1,0 +1,103 @@
+"""The sums over the reduced axes that batch norm is made of, on one device.
+
+    forward    n = Σw,  Σwδ,  Σw|δ|²    with δ = x − center
+    backward   Σdy,  Σdy·δ              with δ = x − mean
+
+Weights come as `_axes.weights_like` returns them. Where a weight is 0, `x` is replaced
+before any arithmetic, so that NaN and Inf there reach nothing.
+
+XLA's CPU compiler reads an elementwise producer straight into a reduction only if
+nothing else uses it; otherwise it stores the whole array. Hence `x + (-center)` in one
+sum and `x - center` in the other: equal numbers, but two expressions.
+"""
+
+from math import prod
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxbn import _axes, _dtypes
+
+FeatureAxes = tuple[int, ...]
+
+
+def total_weight(
+    x: jax.Array, weights: jax.Array | None, feature_axes: FeatureAxes
+) -> jax.Array:
+    """Σw: a scalar, or a feature vector where the weights vary along the features."""
+    dtype = _dtypes.accumulation(x.dtype)
+    reduced = _axes.others(feature_axes, x.ndim)
+    if weights is None:
+        return jnp.asarray(prod(_axes.lengths(x, reduced)), dtype)
+    # Counted before broadcasting, and booleans as integers: one by one, float32 stops
+    # counting at 2**24.
+    counted = weights.astype(jnp.int32) if weights.dtype == jnp.bool_ else weights
+    repeated = [axis for axis in reduced if weights.shape[axis] != x.shape[axis]]
+    total = counted.sum(reduced).astype(dtype) * prod(_axes.lengths(x, repeated))
+    if total.size == 1:
+        return total.reshape(())
+    return jnp.broadcast_to(total, _axes.lengths(x, feature_axes))
+
+
+def weighted_sum(
+    x: jax.Array, weights: jax.Array | None, feature_axes: FeatureAxes
+) -> jax.Array:
+    """Σwx."""
+    x = select(_dtypes.widen(x), weights, 0)
+    return jnp.sum(times(x, weights), _axes.others(feature_axes, x.ndim))
+
+
+def central_sums(
+    x: jax.Array,
+    center: jax.Array,
+    weights: jax.Array | None,
+    feature_axes: FeatureAxes,
+) -> tuple[jax.Array, jax.Array]:
+    """Σwδ and Σw|δ|² about `center`. Its derivative keeps x, not δ."""
+    reduced = _axes.others(feature_axes, x.ndim)
+
+    def sums(x, center):
+        center = _axes.expand(center, feature_axes, x.ndim)
+        x = select(_dtypes.widen(x), weights, center)
+        first = jnp.sum(times(x + (-center), weights), reduced)
+        return first, jnp.sum(times(squared(x - center), weights), reduced)
+
+    return jax.checkpoint(sums, prevent_cse=False)(x, center)
+
+
+def cotangent_sums(
+    dy: jax.Array, delta: jax.Array, feature_axes: FeatureAxes
+) -> tuple[jax.Array, jax.Array]:
+    """Σdy and Σdy·δ."""
+    reduced = _axes.others(feature_axes, dy.ndim)
+    return jnp.sum(dy, reduced), jnp.sum(dy * delta, reduced)
+
+
+def select(x: jax.Array, weights: jax.Array | None, replacement) -> jax.Array:
+    """x, and `replacement` where the weight is 0."""
+    return x if weights is None else jnp.where(_present(weights), x, replacement)
+
+
+def times(x: jax.Array, weights: jax.Array | None) -> jax.Array:
+    """wx, and 0 where the weight is 0, whatever x is there."""
+    if weights is None:
+        return x
+    product = x if weights.dtype == jnp.bool_ else x * weights
+    return select(product, weights, 0)
+
+
+def hidden(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """Where x is not finite and its weight is 0."""
+    return ~(_present(weights) | jnp.isfinite(x))
+
+
+def squared(x: jax.Array) -> jax.Array:
+    """|x|²."""
+    if jnp.iscomplexobj(x):
+        return lax.square(x.real) + lax.square(x.imag)
+    return lax.square(x)
+
+
+def _present(weights: jax.Array) -> jax.Array:
+    return weights if weights.dtype == jnp.bool_ else weights != 0

@@ -1,0 +1,3 @@
+"""Flax Linen modules: they hold the variables and call `jaxbn.layers`."""
+
+from jaxbn.linen._batch_norm import BatchNorm as BatchNorm

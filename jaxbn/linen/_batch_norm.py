@@ -1,0 +1,123 @@
+"""`flax.linen.BatchNorm` on jaxbn's verbs."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import canonicalize_dtype
+from jax.typing import ArrayLike
+
+from jaxbn import _axes, _flax_fields
+from jaxbn._running_stats import init_stats
+
+
+class BatchNorm(nn.BatchNorm):
+    """`flax.linen.BatchNorm` with exact statistics and hand-written derivatives.
+
+    Takes the place of Flax's class by changing one import: same fields and defaults,
+    same collections (`params`: scale, bias; `batch_stats`: mean, var), names, shapes,
+    initial values and output dtype. It computes what `jaxbn.layers.standard` does.
+
+        training:   y, m = batch_norm(x, scale, bias);  batch_stats = update(..., m)
+        inference:  y = normalize(x, mean, var, scale, bias)
+
+    Where it differs from Flax's: statistics over devices weigh every example alike,
+    also under masks; a mask may be float weights; NaN under the mask and an empty mask
+    do no harm; statistics keep their dtype, and are never rounded to `dtype`.
+
+    Attributes:
+      use_fast_variance: True (Flax's default) passes the running mean as `shift`, which
+        reads `x` once and is as exact as the running mean is near. False is exact from
+        the first step.
+      force_float32_reductions: False gives the running statistics `param_dtype` for
+        their own dtype. Sums are accumulated in float32 or wider all the same.
+      momentum: Weight of the old statistics. May also be a function of the number of
+        updates (`jaxbn.debiased(0.99)`, an optax schedule); then `batch_stats` has a
+        third leaf, `step`.
+      unbiased: Track the variance times n/(n − 1).
+      derivatives: "vjp" or "jvp", as for `jaxbn.batch_norm`.
+      (others): As in `flax.linen.BatchNorm`.
+
+    Raises:
+      TypeError: In a call: `x` is complex and the running mean is not.
+      ValueError: In a call: `use_running_average` is given both or neither time, or as
+        for `jaxbn.batch_norm`.
+
+    Example:
+      >>> import jax, jaxbn, jax.numpy as jnp
+      >>> layer = jaxbn.linen.BatchNorm(use_running_average=False)
+      >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
+      >>> variables = layer.init(jax.random.key(0), x)
+      >>> y, new = layer.apply(variables, x, mutable=["batch_stats"])
+      >>> print(new["batch_stats"]["mean"])
+      [0.02       0.20000002]
+
+    References:
+      https://flax-linen.readthedocs.io/en/latest/api_reference/flax.linen/layers.html#flax.linen.BatchNorm
+    """
+
+    unbiased: bool = False
+    derivatives: str = "vjp"
+
+    @nn.compact
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        mask: ArrayLike | None = None,
+    ) -> jax.Array:
+        """Normalizes `x`, and updates the statistics where `batch_stats` is mutable.
+
+        Args:
+          x: The input.
+          use_running_average: Inference if True, training if False; here or as a field.
+          mask: Boolean mask or non-negative weights that broadcast against `x`: which
+            positions the statistics are of.
+
+        Returns:
+          An array of the shape of `x`.
+        """
+        use_running_average = nn.merge_param(
+            "use_running_average", self.use_running_average, use_running_average
+        )
+        x = _flax_fields.as_inexact(x)
+        features = _axes.lengths(x, _axes.canonical(self.axis, x.ndim, "axis"))
+        mean, var, step = self._stats(features, x.dtype)
+        scale = bias = None
+        if self.use_scale:
+            scale = self.param("scale", self.scale_init, features, self.param_dtype)
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, features, self.param_dtype)
+
+        initializing = self.is_initializing()
+        layer = _flax_fields.standard(
+            self,
+            dtype=canonicalize_dtype(x, scale, bias, dtype=self.dtype),
+            axis_name=None if initializing else self.axis_name,
+            axis_index_groups=None if initializing else self.axis_index_groups,
+        )
+        y, new = layer.apply(
+            _flax_fields.affine(scale, bias),
+            _flax_fields.stats(mean.value, var.value, step and step.value),
+            x,
+            training=not use_running_average,
+            weights=mask,
+        )
+        if not (use_running_average or initializing):
+            mean.value, var.value = new.mean, new.var
+            if step is not None:
+                step.value = new.step
+        return y
+
+    def _stats(self, features: tuple[int, ...], x_dtype):
+        """The variables of `batch_stats`: mean, var, and step or None."""
+        dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
+        if jnp.issubdtype(x_dtype, jnp.complexfloating):
+            dtype = jnp.promote_types(dtype, jnp.complex64)
+        initial = init_stats(features, dtype=dtype)
+        names = ["mean", "var"] + (["step"] if callable(self.momentum) else [])
+        found = [
+            self.variable("batch_stats", name, lambda value: value, value)
+            for name, value in zip(names, initial, strict=False)
+        ]
+        return found if callable(self.momentum) else [*found, None]
