@@ -8,6 +8,8 @@ pairs of pure functions; `jaxbn.linen` and `jaxbn.nnx` as Flax modules.
 import importlib
 from typing import TYPE_CHECKING
 
+from jaxbn import interop as interop
+from jaxbn import layers as layers
 from jaxbn._batch_norm import batch_norm as batch_norm
 from jaxbn._moments import Moments as Moments
 from jaxbn._moments import merge_moments as merge_moments
@@ -18,7 +20,6 @@ from jaxbn._running_stats import cumulative as cumulative
 from jaxbn._running_stats import debiased as debiased
 from jaxbn._running_stats import init_stats as init_stats
 from jaxbn._running_stats import update as update
-from jaxbn import interop as interop, layers as layers
 
 if TYPE_CHECKING:
     from jaxbn import linen as linen

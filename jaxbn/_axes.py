@@ -15,7 +15,9 @@ Axes = int | Sequence[int]
 def canonical(axes: Axes, ndim: int, name: str = "feature_axes") -> tuple[int, ...]:
     """`axes` as distinct, non-negative integers in ascending order."""
     try:
-        given = tuple(operator.index(a) for a in np.atleast_1d(np.asarray(axes, object)))
+        given = tuple(
+            operator.index(a) for a in np.atleast_1d(np.asarray(axes, object))
+        )
     except TypeError:
         raise TypeError(
             f"`{name}` must be an integer or a tuple of integers, got {axes!r}."

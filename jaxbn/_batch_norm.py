@@ -27,7 +27,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn import _axes, _dtypes, _mesh, _sums
 from jaxbn._moments import Moments, divisor, moments
-from jaxbn._normalize import checked_epsilon, checked_vector, normalize
+from jaxbn._normalize import checked_epsilon, normalize, optional_vector
 
 
 def batch_norm(
@@ -100,8 +100,8 @@ def batch_norm(
     x = _dtypes.inexact_array("x", x)
     axes = _axes.canonical(feature_axes, x.ndim)
     dtype = _dtypes.output(x.dtype, dtype)
-    scale = checked_vector("scale", scale, x, axes)
-    bias = checked_vector("bias", bias, x, axes)
+    scale = optional_vector("scale", scale, x, axes)
+    bias = optional_vector("bias", bias, x, axes)
     m = moments(
         x,
         feature_axes=axes,

@@ -8,20 +8,27 @@ from jax.typing import ArrayLike, DTypeLike
 
 
 def accumulation(*dtypes: DTypeLike) -> Any:
-    """The real dtype of sums over values of `dtypes`: float32, float64 if one has it."""
+    """The real dtype of sums over values of `dtypes`: float64 if one has 64 bits."""
     wide = any(jnp.finfo(dtype).dtype.itemsize == 8 for dtype in dtypes)
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
 def widen(array: jax.Array, *like: jax.Array | None) -> jax.Array:
     """`array` in the accumulation dtype of itself and `like`; complex stays complex."""
-    dtypes = [a.dtype for a in (array, *like) if a is not None]
-    return array.astype(jnp.promote_types(array.dtype, accumulation(*dtypes)))
+    real = accumulation(*(a.dtype for a in (array, *like) if a is not None))
+    if not jnp.iscomplexobj(array):
+        return array.astype(real)
+    return array.astype(jnp.complex128 if real == jnp.float64 else jnp.complex64)
 
 
 def inexact_array(name: str, value: ArrayLike) -> jax.Array:
     """`value` as an array, refused unless it is floating or complex."""
-    array = jnp.asarray(value)
+    try:
+        array = jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"`{name}` must be a floating or complex array, got {value!r}."
+        ) from error
     if not jnp.issubdtype(array.dtype, jnp.inexact):
         raise TypeError(
             f"`{name}` must be floating or complex, got dtype {array.dtype}. "

@@ -176,8 +176,8 @@ def merge_moments(moments_: Moments, axis: _axes.Axes = 0) -> Moments:
 
 
 def divisor(count: jax.Array) -> jax.Array:
-    """A count to divide by: sums over nothing are 0 and stay 0."""
-    return jnp.maximum(count, jnp.finfo(count.dtype).tiny)
+    """A count to divide by: where it is 0, anything over it is as good as 0."""
+    return jnp.where(count > 0, count, jnp.finfo(count.dtype).max)
 
 
 def _checked_shift(shift, x, feature_axes, axis_name) -> jax.Array:

@@ -66,23 +66,30 @@ def normalize(
     """
     x = _dtypes.inexact_array("x", x)
     feature_axes = _axes.canonical(feature_axes, x.ndim)
-    given = {"mean": mean, "var": var, "scale": scale, "bias": bias}
-    vectors = {
-        name: checked_vector(name, v, x, feature_axes) for name, v in given.items()
-    }
-    _dtypes.require_no_imaginary_loss("var", vectors["var"], "variance", jnp.float32)
+    mean = checked_vector("mean", mean, x, feature_axes)
+    var = checked_vector("var", var, x, feature_axes)
+    _dtypes.require_no_imaginary_loss("var", var, "a variance", jnp.float32)
+    scale = optional_vector("scale", scale, x, feature_axes)
+    bias = optional_vector("bias", bias, x, feature_axes)
     apply = _named_apply(feature_axes, _dtypes.output(x.dtype, dtype))
-    return apply(x, epsilon=checked_epsilon(epsilon), **vectors)
+    return apply(x, mean, var, scale, bias, checked_epsilon(epsilon))
 
 
-def checked_vector(name, vector, x, feature_axes) -> jax.Array | None:
-    """A feature vector or per-example vectors for `x`; None stays None."""
-    if vector is None and name in ("scale", "bias"):
-        return None
-    vector = _dtypes.inexact_array(name, vector)
-    _dtypes.require_no_imaginary_loss(name, vector, "x", x.dtype)
-    _axes.require_features(name, vector, x, feature_axes, per_example=True)
-    return vector
+def checked_vector(
+    name: str, vector: ArrayLike, x: jax.Array, feature_axes: tuple[int, ...]
+) -> jax.Array:
+    """A feature vector for `x`, or one per example, as an array."""
+    array = _dtypes.inexact_array(name, vector)
+    _dtypes.require_no_imaginary_loss(name, array, "x", x.dtype)
+    _axes.require_features(name, array, x, feature_axes, per_example=True)
+    return array
+
+
+def optional_vector(
+    name: str, vector: ArrayLike | None, x: jax.Array, feature_axes: tuple[int, ...]
+) -> jax.Array | None:
+    """Like `checked_vector`, but None stays None."""
+    return None if vector is None else checked_vector(name, vector, x, feature_axes)
 
 
 def checked_epsilon(epsilon: ArrayLike) -> jax.Array:

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxbn import _axes, _dtypes
-from jaxbn import moments as _moments
-from jaxbn import normalize as _normalize
+from jaxbn._moments import moments as _moments
+from jaxbn._normalize import normalize as _normalize
 
 
 def moments(
@@ -97,30 +97,28 @@ def batch_normalization(
       https://www.tensorflow.org/api_docs/python/tf/nn/batch_normalization
     """
     x = _dtypes.inexact_array("x", x)
-    given = {"mean": mean, "variance": variance, "offset": offset, "scale": scale}
-    vectors = {name: _aligned(name, v, x) for name, v in given.items()}
-    present = [v for v in vectors.values() if v is not None]
+    mean, variance = _aligned("mean", mean, x), _aligned("variance", variance, x)
+    scale = None if scale is None else _aligned("scale", scale, x)
+    offset = None if offset is None else _aligned("offset", offset, x)
     # The axes along which any of them varies are the feature axes.
-    axes = tuple(a for a in range(x.ndim) if any(v.shape[a] != 1 for v in present))
+    given = [v for v in (mean, variance, scale, offset) if v is not None]
+    axes = tuple(a for a in range(x.ndim) if any(v.shape[a] != 1 for v in given))
     shape, ones = _axes.lengths(x, axes), _axes.others(axes, x.ndim)
 
-    def vector(name: str) -> jax.Array | None:
-        v = vectors[name]
-        return None if v is None else jnp.broadcast_to(jnp.squeeze(v, ones), shape)
+    def features(v: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(jnp.squeeze(v, ones), shape)
 
     return _normalize(
         x,
-        vector("mean"),
-        vector("variance"),
-        vector("scale"),
-        vector("offset"),
+        features(mean),
+        features(variance),
+        None if scale is None else features(scale),
+        None if offset is None else features(offset),
         feature_axes=axes,
         epsilon=variance_epsilon,
     )
 
 
-def _aligned(name: str, value: ArrayLike | None, x: jax.Array) -> jax.Array | None:
-    if value is None and name in ("offset", "scale"):
-        return None
+def _aligned(name: str, value: ArrayLike, x: jax.Array) -> jax.Array:
     hint = "pass what `moments` returns over the same axes, with `keepdims=True`"
     return _axes.aligned(name, _dtypes.inexact_array(name, value), x, hint)

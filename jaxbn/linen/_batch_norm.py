@@ -44,12 +44,12 @@ class BatchNorm(nn.BatchNorm):
 
     Example:
       >>> import jax, jaxbn, jax.numpy as jnp
-      >>> layer = jaxbn.linen.BatchNorm(use_running_average=False)
+      >>> layer = jaxbn.linen.BatchNorm(use_running_average=False, momentum=0.5)
       >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
       >>> variables = layer.init(jax.random.key(0), x)
       >>> y, new = layer.apply(variables, x, mutable=["batch_stats"])
       >>> print(new["batch_stats"]["mean"])
-      [0.02       0.20000002]
+      [ 1. 10.]
 
     References:
       https://flax-linen.readthedocs.io/en/latest/api_reference/flax.linen/layers.html#flax.linen.BatchNorm

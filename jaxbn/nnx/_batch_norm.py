@@ -45,10 +45,10 @@ class BatchNorm(nnx.BatchNorm):
     Example:
       >>> import jaxbn, jax.numpy as jnp
       >>> from flax import nnx
-      >>> layer = jaxbn.nnx.BatchNorm(2, rngs=nnx.Rngs(0))
+      >>> layer = jaxbn.nnx.BatchNorm(2, momentum=0.5, rngs=nnx.Rngs(0))
       >>> y = layer(jnp.array([[1.0, 10.0], [3.0, 30.0]]))
       >>> print(layer.mean[...])
-      [0.02       0.20000002]
+      [ 1. 10.]
 
     References:
       https://flax.readthedocs.io/en/latest/api_reference/flax.nnx/nn/normalization.html

@@ -1,0 +1,18 @@
+"""What holds for every test: eight devices, strict shapes, no NaN passing unseen."""
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def eight_devices():
+    assert jax.device_count() == 8
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield

@@ -1,0 +1,266 @@
+"""Wrong arguments: an error at trace time that names the argument and what to do."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import jaxbn
+from jaxbn.interop import tf_nn
+
+X = jnp.ones((4, 3))
+V = jnp.ones(3)
+C = jnp.ones(3, jnp.complex64)
+STATS = jaxbn.init_stats(3)
+M = jaxbn.moments(X)
+
+# What is called, the kind of error, and words of its message in their order.
+CASES = {
+    "axis out of range": (
+        lambda: jaxbn.moments(X, feature_axes=2),
+        ValueError,
+        ["`feature_axes` has 2", "rank 2", "from -2 to 1"],
+    ),
+    "axis twice": (
+        lambda: jaxbn.batch_norm(X, feature_axes=(1, -1)),
+        ValueError,
+        ["`feature_axes` names an axis twice", "(1, -1)", "once"],
+    ),
+    "axis no integer": (
+        lambda: jaxbn.moments(X, feature_axes="channels"),
+        TypeError,
+        ["`feature_axes` must be an integer", "'channels'"],
+    ),
+    "scale of another length": (
+        lambda: jaxbn.batch_norm(X, jnp.ones(4)),
+        ValueError,
+        ["`scale` has shape (4,)", "expected (3,)", "(4, 3)", "Reshape `scale`"],
+    ),
+    "bias of another rank": (
+        lambda: jaxbn.batch_norm(X, V, jnp.ones(())),
+        ValueError,
+        ["`bias` has shape ()", "expected (3,)"],
+    ),
+    "scale per example of another length": (
+        lambda: jaxbn.batch_norm(X, jnp.ones((5, 3))),
+        ValueError,
+        ["`scale` has shape (5, 3)", "expected (3,)", "or (4, 3)"],
+    ),
+    "mean of another length": (
+        lambda: jaxbn.normalize(X, jnp.ones(2), V),
+        ValueError,
+        ["`mean` has shape (2,)", "expected (3,)"],
+    ),
+    "mean left out": (
+        lambda: jaxbn.normalize(X, None, V),
+        TypeError,
+        ["`mean`", "None"],
+    ),
+    "shift of another shape": (
+        lambda: jaxbn.moments(X, shift=jnp.ones((4, 3))),
+        ValueError,
+        ["`shift` has shape (4, 3)", "expected (3,)"],
+    ),
+    "integer input": (
+        lambda: jaxbn.moments(jnp.arange(4)),
+        TypeError,
+        ["`x` must be floating or complex", "int32", "`x.astype(jnp.float32)`"],
+    ),
+    "integer mean": (
+        lambda: jaxbn.normalize(X, jnp.zeros(3, int), V),
+        TypeError,
+        ["`mean` must be floating", "int32"],
+    ),
+    "complex variance": (
+        lambda: jaxbn.normalize(X.astype(C.dtype), C, C),
+        TypeError,
+        ["`var` is complex", "imaginary part"],
+    ),
+    "complex scale for real x": (
+        lambda: jaxbn.batch_norm(X, C),
+        TypeError,
+        ["`scale` is complex (complex64)", "`x` is real (float32)", "Make `x` complex"],
+    ),
+    "complex shift for real x": (
+        lambda: jaxbn.moments(X, shift=C),
+        TypeError,
+        ["`shift` is complex", "`x` is real"],
+    ),
+    "weights that do not broadcast": (
+        lambda: jaxbn.moments(X, weights=jnp.ones(4)),
+        ValueError,
+        ["`weights` has shape (4,)", "`x` of shape (4, 3)", "`weights[:, None]`"],
+    ),
+    "weights of higher rank": (
+        lambda: jaxbn.batch_norm(X, weights=jnp.ones((1, 4, 3))),
+        ValueError,
+        ["`weights` has shape (1, 4, 3)", "broadcast"],
+    ),
+    "complex weights": (
+        lambda: jaxbn.moments(X, weights=C),
+        TypeError,
+        ["`weights` must be boolean or real", "complex64"],
+    ),
+    "unknown derivatives": (
+        lambda: jaxbn.batch_norm(X, derivatives="fwd"),
+        ValueError,
+        ["`derivatives` must be 'vjp' or 'jvp'", "'fwd'"],
+    ),
+    "integer output": (
+        lambda: jaxbn.batch_norm(X, dtype=jnp.int8),
+        TypeError,
+        ["`dtype` must be floating", "float32", "int8", "Leave it out"],
+    ),
+    "real output of complex input": (
+        lambda: jaxbn.normalize(X.astype(C.dtype), C, V, dtype=jnp.float32),
+        TypeError,
+        ["`dtype` must be complex", "complex64", "float32"],
+    ),
+    "epsilon per feature": (
+        lambda: jaxbn.normalize(X, V, V, epsilon=V),
+        ValueError,
+        ["`epsilon` must be a real scalar", "(3,)"],
+    ),
+    "negative epsilon": (
+        lambda: jaxbn.batch_norm(X, epsilon=-1e-5),
+        ValueError,
+        ["`epsilon` must not be negative", "-1e-05"],
+    ),
+    "unbound axis name": (
+        lambda: jaxbn.moments(X, axis_name="data"),
+        NameError,
+        ["`axis_name` has 'data'", "not bound", "`jax.shard_map`", "jax.jit"],
+    ),
+    "one of two names unbound": (
+        lambda: jax.vmap(
+            lambda x: jaxbn.batch_norm(x, axis_name=("i", "j")), axis_name="i"
+        )(X[:, None]),
+        NameError,
+        ["`axis_name` has 'j'"],
+    ),
+    "groups that do not partition": (
+        lambda: jax.vmap(
+            lambda x: jaxbn.moments(
+                x, axis_name="i", axis_index_groups=((0, 1), (1, 2, 3))
+            ),
+            axis_name="i",
+        )(X[:, None]),
+        ValueError,
+        ["`axis_index_groups`", "does not partition the 4 indices", "exactly once"],
+    ),
+    "groups without a name": (
+        lambda: jaxbn.moments(X, axis_index_groups=((0,), (1,))),
+        ValueError,
+        ["`axis_index_groups` needs a single `axis_name`", "None"],
+    ),
+    "groups of two names": (
+        lambda: jax.vmap(
+            jax.vmap(
+                lambda x: jaxbn.moments(
+                    x, axis_name=("i", "j"), axis_index_groups=((0, 1),)
+                ),
+                axis_name="j",
+            ),
+            axis_name="i",
+        )(jnp.ones((2, 2, 4, 3))),
+        ValueError,
+        ["needs a single `axis_name`", "('i', 'j')"],
+    ),
+    "moments of other features": (
+        lambda: jaxbn.update(jaxbn.init_stats(4), M),
+        ValueError,
+        ["`moments.mean` has shape (3,)", "expected (4,)", "`init_stats`"],
+    ),
+    "complex moments for real statistics": (
+        lambda: jaxbn.update(STATS, jaxbn.moments(X.astype(C.dtype))),
+        TypeError,
+        ["`moments.mean` is complex", "`stats.mean` is real", "imaginary part"],
+    ),
+    "momentum beyond 1": (
+        lambda: jaxbn.update(STATS, M, momentum=1.5),
+        ValueError,
+        ["`momentum`", "weight of the old value", "1.5"],
+    ),
+    "momentum of another shape": (
+        lambda: jaxbn.update(STATS, M, momentum=jnp.ones(2)),
+        ValueError,
+        ["`momentum` has shape (2,)", "a scalar or (3,)"],
+    ),
+    "unbiased that is no bool": (
+        lambda: jaxbn.update(STATS, M, unbiased="yes"),
+        TypeError,
+        ["`unbiased` must be True or False", "'yes'"],
+    ),
+    "debiased(1)": (
+        lambda: jaxbn.debiased(1.0),
+        ValueError,
+        ["`decay`", "below 1", "`cumulative()`"],
+    ),
+    "integer statistics": (
+        lambda: jaxbn.init_stats(3, dtype=jnp.int32),
+        TypeError,
+        ["`dtype` must be floating or complex", "int32"],
+    ),
+    "features that are no integers": (
+        lambda: jaxbn.init_stats(2.5),
+        TypeError,
+        ["`features` must be an integer", "2.5"],
+    ),
+    "a count that does not fit the stack": (
+        lambda: jaxbn.merge_moments(jaxbn.Moments(X, X, jnp.ones(5))),
+        ValueError,
+        ["`moments_.count` has shape (5,)", "(4,)", "(4, 3)", "`axis`"],
+    ),
+    "a stacked axis out of range": (
+        lambda: jaxbn.merge_moments(jaxbn.Moments(X, X, jnp.ones(4)), axis=7),
+        ValueError,
+        ["`axis` has 7"],
+    ),
+    "training that is no bool": (
+        lambda: jaxbn.layers.standard().apply({}, STATS, X, training=1),
+        TypeError,
+        ["`training` must be a Python bool", "1", "static"],
+    ),
+    "tf axes out of range": (
+        lambda: tf_nn.moments(X, [2]),
+        ValueError,
+        ["`axes` has 2", "rank 2"],
+    ),
+    "tf mean that does not broadcast": (
+        lambda: tf_nn.batch_normalization(X, jnp.ones(4), V, V, V, 1e-3),
+        ValueError,
+        ["`mean` has shape (4,)", "`x` of shape (4, 3)", "`keepdims=True`"],
+    ),
+    "tf variance left out": (
+        lambda: tf_nn.batch_normalization(X, V, None, None, None, 1e-3),
+        TypeError,
+        ["`variance`", "None"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("traced", [False, True])
+def test_says_what_and_what_to_do(case, traced):
+    call, kind, words = CASES[case]
+    with pytest.raises(kind) as error:
+        jax.eval_shape(call) if traced else call()
+    message, position = str(error.value), 0
+    for word in words:
+        assert word in message[position:], message
+        position = message.index(word, position)
+
+
+def test_a_shift_that_differs_between_devices_is_refused():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+    def f(x):
+        return jaxbn.moments(x, shift=x[0], axis_name="data").mean
+
+    spread = jax.shard_map(f, mesh=mesh, in_specs=P("data"), out_specs=P())
+    with pytest.raises(
+        ValueError, match=r"`shift` varies over the axes.*'data'.*pmean"
+    ):
+        spread(np.ones((16, 3), np.float32))

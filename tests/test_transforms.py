@@ -1,0 +1,118 @@
+"""Under JAX's transformations and its strict modes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from data import numbers
+
+import jaxbn
+
+FORMS = ("vjp", "jvp")
+
+
+def step(form, x, scale, bias, stats, w):
+    """Everything that a training step uses."""
+
+    def loss(x, scale, bias):
+        y, m = jaxbn.batch_norm(
+            x, scale, bias, weights=w, shift=stats.mean, derivatives=form
+        )
+        return jnp.sum(y**3), m
+
+    grads, m = jax.grad(loss, (0, 1, 2), has_aux=True)(x, scale, bias)
+    new = jaxbn.update(stats, m, momentum=jaxbn.debiased(0.9), unbiased=True)
+    y = jaxbn.normalize(x, new.mean, new.var, scale, bias)
+    merged = jaxbn.merge_moments(jax.tree.map(lambda a: jnp.stack([a, a]), m))
+    return grads, new, y, merged
+
+
+def arguments(seed=0):
+    x = numbers((6, 5, 3), "float32", seed)
+    vector = jnp.ones(3)
+    return x, vector, vector, jaxbn.init_stats(3), jnp.ones((6, 1, 1), bool)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_does_not_compile_twice(form):
+    traced = 0
+
+    @jax.jit
+    def f(*args):
+        nonlocal traced
+        traced += 1
+        return step(form, *args)
+
+    with jax.log_compiles(False):
+        _, new, *_ = f(*arguments())
+        x, scale, bias, _, w = arguments(1)
+        f(x, scale, bias, new, w)
+    assert traced == 1
+    assert f._cache_size() == 1
+
+
+def test_equal_layers_share_one_program():
+    @jax.jit
+    def f(x, params, state):
+        return apply(params, state, x, training=True)
+
+    calls = []
+    for _ in range(2):
+        layer = jaxbn.layers.standard(momentum=jaxbn.debiased(0.9))
+        params, state = layer.init(3)
+        apply = layer.apply
+        calls.append(f(arguments()[0], params, state))
+    assert f._cache_size() == 1
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_leaks_no_tracers(form):
+    with jax.checking_leaks():
+        jax.jit(lambda *a: step(form, *a))(*arguments())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_strict_promotion_and_no_implicit_transfer(form):
+    with jax.numpy_dtype_promotion("strict"):
+        for dtype in ("float32", "bfloat16"):
+            x, *rest = arguments()
+            step(form, x.astype(dtype), *rest)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_jit_equals_eager(form):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-5),
+        step(form, *arguments()),
+        jax.jit(lambda *args: step(form, *args))(*arguments()),
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_vmap_equals_a_loop(form):
+    many = [arguments(seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), *many)
+    mapped = jax.vmap(lambda *a: step(form, *a))(*stacked)
+    for i, args in enumerate(many):
+        one = step(form, *args)
+        for a, b in zip(jax.tree.leaves(mapped), jax.tree.leaves(one), strict=True):
+            np.testing.assert_allclose(a[i], b, 1e-5, 1e-5)
+
+
+def test_shapes_without_values():
+    out = jax.eval_shape(lambda *a: step("vjp", *a), *arguments())
+    assert out[0][0].shape == (6, 5, 3)
+
+
+def test_numpy_input():
+    x = np.arange(12.0, dtype=np.float32).reshape(4, 3)
+    y, m = jaxbn.batch_norm(x, np.ones(3, np.float32))
+    np.testing.assert_allclose(y, jaxbn.normalize(x, m.mean, m.var), 1e-6)
+
+
+def test_donated_state():
+    f = jax.jit(lambda s, x: jaxbn.update(s, jaxbn.moments(x)), donate_argnums=0)
+    stats = jaxbn.init_stats(3)
+    for _ in range(2):
+        stats = f(stats, arguments()[0])
+    assert stats.step == 2
