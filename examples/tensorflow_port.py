@@ -36,7 +36,9 @@ def main() -> None:
     # y = tf.nn.batch_normalization(z, batch_mean, batch_var, beta, scale, epsilon)
     y = tf_nn.batch_normalization(z, batch_mean, batch_var, beta, scale, epsilon)
 
-    print(f"mean of y       {float(jnp.max(jnp.abs(y.mean(0)))):.1e}  (at most, of 100)")
+    print(
+        f"mean of y       {float(jnp.max(jnp.abs(y.mean(0)))):.1e}  (at most, of 100)"
+    )
     print(f"variance of y   {float(y.var(0).min()):.4f} to {float(y.var(0).max()):.4f}")
     print(f"two steps − y   {float(jnp.max(jnp.abs(two_steps - y))):.1e}  (at most)")
 

@@ -232,9 +232,9 @@ def _tangent(static: _Static, x, scale, given: _Given, dx, dscale, dbias):
     c0 = -k * total[0] / n
     c1 = -k * jnp.square(inv) * total[1] / n
     if dbias is not None:
-        c0 = c0 + dbias.astype(k.dtype)
+        c0 = c0 + _dtypes.widen(dbias, x)
     if dscale is not None:
-        c1 = c1 + inv * dscale.astype(k.dtype)
+        c1 = c1 + inv * _dtypes.widen(dscale, x)
     dy = dx * expand(k) + ((x + expand(-given.mean)) * expand(c1) + expand(c0))
     return dy.astype(static.dtype)
 

@@ -7,7 +7,7 @@ from flax.linen.dtypes import canonicalize_dtype
 from jax.typing import ArrayLike
 
 from jaxbn import _axes, _flax_fields
-from jaxbn._running_stats import init_stats
+from jaxbn._running_stats import Momentum, init_stats
 
 
 class BatchNorm(nn.BatchNorm):
@@ -55,6 +55,7 @@ class BatchNorm(nn.BatchNorm):
       https://flax-linen.readthedocs.io/en/latest/api_reference/flax.linen/layers.html#flax.linen.BatchNorm
     """
 
+    momentum: Momentum = 0.99
     unbiased: bool = False
     derivatives: str = "vjp"
 
