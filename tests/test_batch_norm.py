@@ -128,7 +128,7 @@ def test_complex_parameters(form, scale_dtype, bias_dtype):
     check_against_oracle(x, (-1,), None, scale, bias, None, form, 2e-5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     shape=st.lists(st.integers(1, 4), min_size=1, max_size=4),
     data=st.data(),
@@ -208,12 +208,12 @@ def test_not_finite_under_the_mask(form, per_example, bad, shift):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("shape", [(0, 3), (1, 3), (4, 1), (4, 0), (5, 1, 3)])
+@pytest.mark.parametrize("shape", [(0, 3), (1, 3), (4, 1), (4, 0)])
 def test_nothing_to_learn_from(form, shape):
     x = numbers(shape, "float32")
     scale = jnp.ones(shape[-1])
     cases = [None, jnp.zeros(shape, bool), jnp.zeros((*shape[:-1], 1))]
-    with jax.debug_nans(True):
+    with jax.debug_nans(True):  # Operation by operation: not even between them.
         for w in cases:
             f = partial(jaxbn.batch_norm, weights=w, derivatives=form)
             out, vjp = jax.vjp(f, x, scale, scale)

@@ -48,7 +48,7 @@ def whole_batch(form, shift):
         return rows.sum() + extra
 
     args = arguments()
-    out = terms(*args, form, shift)[2]
+    out = jax.jit(lambda *a: terms(*a, form, shift)[2])(*args)
     return out, jax.jit(jax.grad(loss, (0, 1, 2)))(*args)
 
 
@@ -124,11 +124,12 @@ def test_gradient_inside_a_map(form, shift, over):
         return rows.sum() + extra / COUNT, out
 
     x, scale, bias, w = arguments()
-    f = getattr(jax, over)(
+    mapped = getattr(jax, over)(
         jax.grad(loss, (0, 1, 2), has_aux=True),
         in_axes=(0, None, None, 0),
         axis_name="data",
     )
+    f = mapped if over == "pmap" else jax.jit(mapped)
     split = lambda a: a.reshape(COUNT, -1, *a.shape[1:])
     (dx, dscale, dbias), (y, m, stats) = f(split(x), scale, bias, split(w))
     first = lambda tree: jax.tree.map(lambda a: a[0], tree)
@@ -202,9 +203,8 @@ def test_groups_of_devices(form, check_vma, groups):
         part = [
             jnp.asarray(split(a)[list(group)].reshape(-1, a.shape[-1])) for a in (x, w)
         ]
-        (dx, *vectors), (y_part, mean) = jax.grad(alone, (0, 1, 2), has_aux=True)(
-            part[0], scale, bias, part[1]
-        )
+        grad = jax.jit(jax.grad(alone, (0, 1, 2), has_aux=True))
+        (dx, *vectors), (y_part, mean) = grad(part[0], scale, bias, part[1])
         total = [a + b for a, b in zip(total, vectors, strict=True)]
         pick = lambda a: split(a)[list(group)].reshape(-1, 3)  # noqa: B023
         close((pick(grads[0]), pick(y)), (dx, y_part))
@@ -255,4 +255,5 @@ def test_replicated_input_with_sharded_parameters(form):
     loop = lambda x, scale: sum(
         jnp.sum(jnp.sin(jaxbn.batch_norm(x, s)[0])) for s in scale
     )
-    close(jax.grad(spread, (0, 1))(x, scale), jax.grad(loop, (0, 1))(x, scale))
+    got, expected = (jax.jit(jax.grad(f, (0, 1))) for f in (spread, loop))
+    close(got(x, scale), expected(x, scale))

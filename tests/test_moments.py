@@ -1,5 +1,7 @@
 """`moments` and `merge_moments` against the float64 oracle."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,7 +47,9 @@ def test_equals_the_oracle(dtype, layout, kind, shift):
     mean, var = squeeze(truth.mean, reduced), squeeze(truth.var, reduced)
     given_shift = shift_of(shift, mean, np.sqrt(var))
 
-    m = jaxbn.moments(x, feature_axes=axes, weights=w, shift=given_shift)
+    # Compiled as a whole, which takes a tenth of the time of each operation by itself.
+    verb = jax.jit(partial(jaxbn.moments, feature_axes=axes))
+    m = verb(x, weights=w, shift=given_shift)
 
     accumulator = "float64" if dtype in ("float64", "complex128") else "float32"
     assert m.var.dtype == m.count.dtype == accumulator
@@ -85,7 +89,7 @@ def test_variance_at_any_ratio_of_mean_to_std(x64, ratio, dtype, off):
     if np.any(std == 0):  # bfloat16 cannot tell 10000.3 from 10000.9.
         pytest.skip("the data are constant in this dtype")
     shift = None if off is None else truth.mean[0] + off * std
-    m = jaxbn.moments(x, shift=shift)
+    m = jax.jit(jaxbn.moments)(x, shift=shift)
     # Σ|δ|² is 1 + off² times what is left of it, and is rounded to float32.
     bound = 1e-5 if off is None or abs(off) <= 3 else (1 + off**2) * 5e-7
     np.testing.assert_allclose(m.var, truth.var[0], bound)
@@ -137,19 +141,22 @@ def test_empty(shape, shift):
 finite = st.floats(-1e3, 1e3, width=32)
 
 
+@jax.jit
+def merged_parts(x, keep):
+    part = lambda x, w: jaxbn.moments(x, weights=w)
+    return jaxbn.merge_moments(jax.vmap(part)(x, keep))
+
+
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.lists(finite, min_size=0, max_size=6), min_size=1, max_size=5))
+@given(st.lists(st.lists(finite, max_size=6), max_size=5))
 def test_merging_parts_is_the_whole(parts):
-    longest = max(map(len, parts))
-    x = np.zeros((len(parts), longest, 1), np.float32)
-    keep = np.zeros((len(parts), longest, 1), bool)
+    x, keep = np.zeros((5, 6, 1), np.float32), np.zeros((5, 6, 1), bool)
     for k, part in enumerate(parts):
         x[k, : len(part), 0], keep[k, : len(part)] = part, True
 
-    stacked = jax.vmap(lambda x, w: jaxbn.moments(x, weights=w))(x, keep)
-    merged = jaxbn.merge_moments(stacked)
+    merged = merged_parts(x, keep)
     whole = oracle.moments(x.reshape(-1, 1), (0,), keep.reshape(-1, 1))
-    scale = 1e-6 * (np.abs(x).max(initial=0) + 1)
+    scale = 1e-6 * (np.abs(x).max() + 1)
     np.testing.assert_allclose(merged.mean, whole.mean[0], 1e-6, scale)
     np.testing.assert_allclose(merged.var, whole.var[0], 1e-5, scale**2)
     assert merged.count == whole.count[0, 0]
@@ -160,7 +167,8 @@ def test_merging_over_several_axes(vector_count):
     x = numbers((2, 3, 5, 4), "float32", mean=1e2, std=1.0)
     w = numbers((2, 3, 5, 4 if vector_count else 1), "float32", seed=3) ** 2
     part = lambda x, w: jaxbn.moments(x, weights=w)
-    merged = jaxbn.merge_moments(jax.vmap(jax.vmap(part))(x, w), axis=(0, 1))
+    stacked = jax.jit(jax.vmap(jax.vmap(part)))(x, w)
+    merged = jax.jit(partial(jaxbn.merge_moments, axis=(0, 1)))(stacked)
     whole = oracle.moments(wide(x).reshape(-1, 4), (0,), wide(w).reshape(30, -1))
     assert merged.count.shape == ((4,) if vector_count else ())
     np.testing.assert_allclose(merged.mean, whole.mean[0], 1e-6)
