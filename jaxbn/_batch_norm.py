@@ -112,17 +112,15 @@ def batch_norm(
     )
     if weights is not None:
         weights = _axes.weights_like(weights, x, m.count.dtype)
+    static = _Static(axes, dtype, *_mesh.hashable(axis_name, axis_index_groups))
+    given = _Given(m.mean, m.var, m.count, weights, checked_epsilon(epsilon))
     if _axes.is_per_example(scale, axes) or _axes.is_per_example(bias, axes):
-        return _composed(x, m, scale, bias, weights, axes, epsilon, dtype), m
+        # Their cotangents are no channel sums: the plain composition.
+        return _normalize(static, x, scale, bias, given), m
 
     form = _vjp_form if derivatives == "vjp" else _jvp_form
-    static = _Static(axes, dtype, *_mesh.hashable(axis_name, axis_index_groups))
-    given = _Given(
-        mean=_constant_to_first_order(m.mean),
-        var=_constant_to_first_order(m.var),
-        count=m.count,
-        weights=weights,
-        epsilon=checked_epsilon(epsilon),
+    given = given._replace(
+        mean=_constant_to_first_order(m.mean), var=_constant_to_first_order(m.var)
     )
     x = _mesh.vary_like(x, m.mean, m.var, scale, bias, weights)
     return form(static, x, scale, bias, given), m
@@ -138,7 +136,7 @@ class _Static(NamedTuple):
 
 
 class _Given(NamedTuple):
-    """Operands without derivative of their own."""
+    """Operands that the rules have no cotangent for."""
 
     mean: jax.Array
     var: jax.Array
@@ -161,16 +159,21 @@ def _constant_to_first_order_jvp(primals, tangents):
 
 
 def _normalize(static: _Static, x, scale, bias, given: _Given) -> jax.Array:
-    return normalize(
-        x,
-        given.mean,
-        given.var,
-        scale,
-        bias,
+    apply = partial(
+        normalize,
+        mean=given.mean,
+        var=given.var,
+        scale=scale,
+        bias=bias,
         feature_axes=static.feature_axes,
         epsilon=given.epsilon,
         dtype=static.dtype,
     )
+    if given.weights is None:
+        return apply(x)
+    # NaN under the mask passes by the arithmetic, whose derivative would be 0 · NaN.
+    hidden = _sums.hidden(x, given.weights)
+    return jnp.where(hidden, x.astype(static.dtype), apply(jnp.where(hidden, 0, x)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -248,17 +251,6 @@ def _prepare(static: _Static, x, dx, scale, given: _Given):
     inv = lax.rsqrt(given.var + given.epsilon.astype(given.var.dtype))
     k = inv if scale is None else inv * _dtypes.widen(scale, x)
     return x, dx, expand, inv, k, divisor(given.count)
-
-
-def _composed(x, m: Moments, scale, bias, weights, axes, epsilon, dtype) -> jax.Array:
-    """The plain composition, for scale and bias per example."""
-    out = partial(normalize, feature_axes=axes, epsilon=epsilon, dtype=dtype)
-    if weights is None:
-        return out(x, m.mean, m.var, scale, bias)
-    # A NaN under the mask goes past the arithmetic: its derivative would be 0 · NaN.
-    hidden = _sums.hidden(x, weights)
-    y = out(jnp.where(hidden, 0, x), m.mean, m.var, scale, bias)
-    return jnp.where(hidden, x.astype(dtype), y)
 
 
 def _cast_like(array: jax.Array, like: jax.Array) -> jax.Array:

@@ -85,12 +85,13 @@ def cotangent_like(
     """The cotangent of `operand`: its sum on this device, or `total` over `axis_name`.
 
     An operand that its type says is the same along an axis gets the sum over that axis.
-    Where this is the sum over `axis_name`, `total` has it without another all-reduce.
+    Where this is the sum over `axis_name`, `total` has it without another all-reduce
+    (but not where the sums are over groups: then `total` differs along the axis).
     """
     missing = _varying(local) - _varying(operand)
-    summed = frozenset(_names(axis_name))
+    summed = frozenset(_names(axis_name)) - _varying(total)
     if summed and summed <= missing:
-        local, missing = total, missing & _varying(total)
+        local, missing = total, missing - summed
     return lax.psum(local, tuple(sorted(missing))) if missing else local
 
 

@@ -80,3 +80,10 @@ def wide(array):
     return np.asarray(array.astype(jnp.promote_types(array.dtype, jnp.float32))).astype(
         kind
     )
+
+
+def assert_close(actual, desired, rtol=1e-7, atol=0.0, err_msg=""):
+    """NumPy's `assert_allclose`, to which NaN is close to nothing, not even to NaN."""
+    np.testing.assert_allclose(
+        actual, desired, rtol, atol, equal_nan=False, err_msg=err_msg
+    )

@@ -13,6 +13,7 @@ from data import (
     LAYOUTS,
     REAL,
     WEIGHTS,
+    assert_close,
     numbers,
     reduced_axes,
     tolerance,
@@ -70,7 +71,7 @@ def check_against_oracle(
     )
     assert y.dtype == x.dtype
     size = np.abs(y_truth).max(initial=1)
-    np.testing.assert_allclose(wide(y), y_truth, tol, tol * size)
+    assert_close(wide(y), y_truth, tol, tol * size)
     if np.all(truth.count > 0):
         expected = oracle.vjp(wide(x), wide(dy), reduced, laid(scale), w, epsilon)
         names = ("x", "scale", "bias")
@@ -85,7 +86,7 @@ def check_against_oracle(
             if name != "x":
                 t, ct_tol = np.squeeze(t, reduced), summed_tol or tol
             size = ct_tol * np.abs(t).max(initial=1)
-            np.testing.assert_allclose(wide(ct), t, ct_tol, size, err_msg=name)
+            assert_close(wide(ct), t, ct_tol, size, err_msg=name)
     for ct in jax.tree.leaves(cotangents):
         assert np.all(np.isfinite(wide(ct)))
 
@@ -178,7 +179,7 @@ def test_scale_and_bias_per_example(masked):
     args = (x, scale, bias)
     got = jax.grad(loss(per_example), (0, 1, 2))(*args)
     for a, b in zip(got, jax.grad(loss(plain), (0, 1, 2))(*args), strict=True):
-        np.testing.assert_allclose(a, b, 1e-5, 1e-5)
+        assert_close(a, b, 1e-5, 1e-5)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -200,7 +201,7 @@ def test_not_finite_under_the_mask(form, per_example, bad, shift):
 
     clean = jax.grad(loss, (0, 1, 2))(x, scale, bias)
     for a, b in zip(jax.grad(loss, (0, 1, 2))(dirty, scale, bias), clean, strict=True):
-        np.testing.assert_allclose(a, b, 1e-5, 1e-6)
+        assert_close(a, b, 1e-5, 1e-6)
     # The output says what is there, instead of hiding it.
     y = jaxbn.batch_norm(dirty, scale, bias, weights=keep, derivatives=form)[0]
     assert not np.any(np.isfinite(y[2]))
@@ -235,7 +236,7 @@ def test_constant_feature(form):
     np.testing.assert_array_equal(m.var, 0)
     g = jax.grad(lambda x: jaxbn.batch_norm(x, derivatives=form)[0][0, 0])(x)
     expected = (np.eye(8)[0] - 1 / 8) / np.sqrt(1e-5)
-    np.testing.assert_allclose(g[:, 0], expected, 1e-5)
+    assert_close(g[:, 0], expected, 1e-5)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -245,4 +246,4 @@ def test_output_dtype(form):
     y, vjp = jax.vjp(f, x)
     assert y.dtype == jnp.float32
     assert vjp(y)[0].dtype == jnp.bfloat16
-    np.testing.assert_allclose(y.mean(0), 0, atol=1e-6)
+    assert_close(y.mean(0), 0, atol=1e-6)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from data import numbers
+from data import assert_close, numbers
 from jax.test_util import check_grads
 
 import jaxbn
@@ -116,7 +116,7 @@ def test_every_nesting(form, modes, w, shift, uses_moments):
     plain = lambda x, s, b: textbook(x, s, b, WEIGHTS[w])
     got = jax.jit(nest(modes, scalar(bn, uses_moments), directions))(*args)
     truth = jax.jit(nest(modes, scalar(plain, uses_moments), directions))(*args)
-    np.testing.assert_allclose(got, truth, 1e-9)
+    assert_close(got, truth, 1e-9)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -124,12 +124,12 @@ def test_under_jit_vmap_and_remat(form):
     args = arguments()
     loss = scalar(ours(form, None, None), uses_moments=True)
     truth = jax.jit(jax.hessian(scalar(textbook, uses_moments=True)))(*args)
-    np.testing.assert_allclose(jax.hessian(jax.jit(loss))(*args), truth, 1e-9, 1e-9)
+    assert_close(jax.hessian(jax.jit(loss))(*args), truth, 1e-9, 1e-9)
     remat = jax.jit(jax.hessian(jax.checkpoint(loss)))(*args)
-    np.testing.assert_allclose(remat, truth, 1e-9, 1e-9)
+    assert_close(remat, truth, 1e-9, 1e-9)
     stacked = jax.tree.map(lambda a: jnp.stack([a, a]), args)
     mapped = jax.jit(jax.vmap(jax.hessian(loss)))(*stacked)
-    np.testing.assert_allclose(mapped[1], truth, 1e-9, 1e-9)
+    assert_close(mapped[1], truth, 1e-9, 1e-9)
 
 
 def test_forward_mode_of_the_vjp_form_is_refused():
@@ -155,7 +155,7 @@ def test_moments_and_normalize_have_every_mode():
 def test_hessian_of_the_variance_where_it_is_zero():
     # maximum(var, 0) would halve it.
     h = jax.hessian(jax.jit(lambda x: jaxbn.moments(x[:, None]).var[0]))(jnp.ones(4))
-    np.testing.assert_allclose(h, 2 / 4 * (np.eye(4) - 1 / 4), atol=1e-12)
+    assert_close(h, 2 / 4 * (np.eye(4) - 1 / 4), atol=1e-12)
 
 
 def test_weights_and_shift_are_data():
@@ -174,4 +174,4 @@ def test_moments_returned_beside_y_count_in_full():
     # Backpropagation through the moments adds to that through y, and is not lost.
     x, scale, bias = arguments()
     g = jax.grad(lambda x: jaxbn.batch_norm(x, scale, bias)[1].var.sum())(x)
-    np.testing.assert_allclose(g, 2 / 5 * (x - x.mean(0)[None]), 1e-12)
+    assert_close(g, 2 / 5 * (x - x.mean(0)[None]), 1e-12)

@@ -7,7 +7,7 @@ import numpy as np
 import oracle
 import pytest
 from allpairspy import AllPairs
-from data import numbers, wide
+from data import assert_close, numbers, wide
 from flax import nnx
 
 import jaxbn
@@ -51,7 +51,7 @@ def case(row):
 def assert_same(got, expected, dtype):
     tol = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 2e-3}[jnp.dtype(dtype).name]
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(wide(a), wide(b), tol, tol),
+        lambda a, b: assert_close(wide(a), wide(b), tol, tol),
         got,
         expected,
     )
@@ -146,13 +146,13 @@ def test_momentum_as_a_function_of_the_step(momentum):
     variables = layer.init(jax.random.key(0), x)
     assert sorted(variables["batch_stats"]) == ["mean", "step", "var"]
     _, new = layer.apply(variables, x, mutable=["batch_stats"])
-    np.testing.assert_allclose(new["batch_stats"]["mean"], x.mean(0), 1e-5, 1e-6)
+    assert_close(new["batch_stats"]["mean"], x.mean(0), 1e-5, 1e-6)
     assert new["batch_stats"]["step"] == 1
 
     module = jaxbn.nnx.BatchNorm(3, momentum=momentum, rngs=nnx.Rngs(0))
     module(x)
     module(x)
-    np.testing.assert_allclose(module.mean[...], x.mean(0), 1e-5, 1e-6)
+    assert_close(module.mean[...], x.mean(0), 1e-5, 1e-6)
     assert module.step[...] == 2
 
 
@@ -162,13 +162,13 @@ def test_derivatives_and_unbiased_reach_the_verbs():
     variables = layer.init(jax.random.key(0), x)
     f = lambda x: layer.apply(variables, x, mutable=["batch_stats"])
     (_, new), _ = jax.jvp(f, (x,), (x,))  # forward mode
-    np.testing.assert_allclose(new["batch_stats"]["var"], np.var(x, 0, ddof=1), 1e-5)
+    assert_close(new["batch_stats"]["var"], np.var(x, 0, ddof=1), 1e-5)
     module = jaxbn.nnx.BatchNorm(
         3, momentum=0.0, unbiased=True, derivatives="jvp", rngs=nnx.Rngs(0)
     )
     jax.jvp(lambda x: nnx.clone(module)(x), (x,), (x,))
     module(x)
-    np.testing.assert_allclose(module.var[...], np.var(x, 0, ddof=1), 1e-5)
+    assert_close(module.var[...], np.var(x, 0, ddof=1), 1e-5)
 
 
 def test_nothing_is_updated_and_nothing_sent_while_initializing():
@@ -198,7 +198,7 @@ def test_integers_come_in_as_flax_takes_them():
     y, y_flax = (
         m.apply(variables, x, mutable=["batch_stats"])[0] for m in (ours, theirs)
     )
-    np.testing.assert_allclose(y, y_flax, 1e-5, 1e-6)
+    assert_close(y, y_flax, 1e-5, 1e-6)
 
 
 def test_complex_input():
@@ -206,12 +206,12 @@ def test_complex_input():
     layer = jaxbn.linen.BatchNorm(False, momentum=0.0)
     y, variables = layer.init_with_output(jax.random.key(0), x)
     _, new = layer.apply(variables, x, mutable=["batch_stats"])
-    np.testing.assert_allclose(new["batch_stats"]["mean"], x.mean(0), 1e-5, 1e-6)
+    assert_close(new["batch_stats"]["mean"], x.mean(0), 1e-5, 1e-6)
     assert new["batch_stats"]["var"].dtype == jnp.float32
     assert y.dtype == jnp.complex64
 
     module = jaxbn.nnx.BatchNorm(3, param_dtype=jnp.complex64, rngs=nnx.Rngs(0))
-    np.testing.assert_allclose(module(x), y, 1e-5, 1e-6)
+    assert_close(module(x), y, 1e-5, 1e-6)
     with pytest.raises(TypeError, match="imaginary part"):
         jaxbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0))(x)
 
@@ -228,7 +228,7 @@ def test_use_running_average_once_and_only_once():
     ):
         module(x)
     module.eval()
-    np.testing.assert_allclose(module(x), 1, 1e-4)
+    assert_close(module(x), 1, 1e-4)
 
 
 def test_nnx_trains_under_its_own_jit_and_grad():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from data import numbers, tolerance, wide
+from data import assert_close, numbers, tolerance, wide
 
 from jaxbn.interop import tf_nn
 
@@ -24,7 +24,7 @@ def test_moments(axes, keepdims, dtype):
         expected = expected if keepdims else np.squeeze(expected, reduced)
         assert got.shape == expected.shape
         tol = 10 * tolerance(dtype)
-        np.testing.assert_allclose(wide(got), expected, tol, tol)
+        assert_close(wide(got), expected, tol, tol)
 
 
 SHAPES = [
@@ -49,14 +49,14 @@ def test_batch_normalization_broadcasts_as_numpy_does(shapes):
     expected = expected * (1 if scale is None else wide(scale))
     expected = expected + (0 if offset is None else wide(offset))
     assert (y.shape, y.dtype) == (x.shape, x.dtype)
-    np.testing.assert_allclose(y, expected, 1e-5, 1e-5)
+    assert_close(y, expected, 1e-5, 1e-5)
 
 
 def test_length_one_axes():
     x = numbers((4, 1), "float32")
     mean, variance = tf_nn.moments(x, [0])
     y = tf_nn.batch_normalization(x, mean, variance, None, None, 0.0)
-    np.testing.assert_allclose(y.var(0), 1, 1e-5)
+    assert_close(y.var(0), 1, 1e-5)
 
 
 def test_the_fully_connected_snippet():
@@ -75,8 +75,6 @@ def test_the_fully_connected_snippet():
         zhat = (z - mean) / jnp.sqrt(variance + epsilon)
         return scale[None] * zhat + offset[None]
 
-    np.testing.assert_allclose(one_step(u), two_steps(u), 1e-5, 1e-5)
+    assert_close(one_step(u), two_steps(u), 1e-5, 1e-5)
     loss = lambda f: lambda u: jnp.sum(f(u) ** 3)
-    np.testing.assert_allclose(
-        jax.grad(loss(one_step))(u), jax.grad(loss(two_steps))(u), 1e-3, 1e-3
-    )
+    assert_close(jax.grad(loss(one_step))(u), jax.grad(loss(two_steps))(u), 1e-3, 1e-3)

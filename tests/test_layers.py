@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from data import numbers
+from data import assert_close, numbers
 
 import jaxbn
 from jaxbn import layers
@@ -70,9 +70,7 @@ def test_state_keeps_structure_under_scan_vmap_and_remat(options):
     assert jax.tree.map(jnp.shape, last) == jax.tree.map(jnp.shape, state)
     models = jax.tree.map(lambda a: jnp.stack([a, a]), state)
     new, y = jax.vmap(lambda s: step(s, x))(models)
-    np.testing.assert_allclose(
-        y[1].astype(jnp.float32), ys[0].astype(jnp.float32), 1e-5, 1e-5
-    )
+    assert_close(y[1].astype(jnp.float32), ys[0].astype(jnp.float32), 1e-5, 1e-5)
     assert new.step.shape == (2,)
 
 

@@ -13,6 +13,7 @@ from data import (
     LAYOUTS,
     REAL,
     WEIGHTS,
+    assert_close,
     numbers,
     reduced_axes,
     squeeze,
@@ -56,10 +57,10 @@ def test_equals_the_oracle(dtype, layout, kind, shift):
     assert jnp.iscomplexobj(m.mean) == jnp.iscomplexobj(x)
     some = np.asarray(squeeze(truth.count, reduced) > 0)
     tol = 30 * tolerance(accumulator)
-    np.testing.assert_allclose(wide(m.mean)[some], mean[some], tol, tol)
-    np.testing.assert_allclose(wide(m.var)[some], var[some], tol, tol)
+    assert_close(wide(m.mean)[some], mean[some], tol, tol)
+    assert_close(wide(m.var)[some], var[some], tol, tol)
     count = np.broadcast_to(m.count, some.shape)
-    np.testing.assert_allclose(count, squeeze(truth.count, reduced), 1e-6)
+    assert_close(count, squeeze(truth.count, reduced), 1e-6)
     # Where nothing counts: variance 0, and a mean that is finite.
     assert np.all(np.isfinite(m.mean))
     assert np.all(wide(m.var)[~some] == 0)
@@ -92,7 +93,7 @@ def test_variance_at_any_ratio_of_mean_to_std(x64, ratio, dtype, off):
     m = jax.jit(jaxbn.moments)(x, shift=shift)
     # Σ|δ|² is 1 + off² times what is left of it, and is rounded to float32.
     bound = 1e-5 if off is None or abs(off) <= 3 else (1 + off**2) * 5e-7
-    np.testing.assert_allclose(m.var, truth.var[0], bound)
+    assert_close(m.var, truth.var[0], bound)
 
 
 def test_flax_default_is_where_this_matters():
@@ -157,8 +158,8 @@ def test_merging_parts_is_the_whole(parts):
     merged = merged_parts(x, keep)
     whole = oracle.moments(x.reshape(-1, 1), (0,), keep.reshape(-1, 1))
     scale = 1e-6 * (np.abs(x).max() + 1)
-    np.testing.assert_allclose(merged.mean, whole.mean[0], 1e-6, scale)
-    np.testing.assert_allclose(merged.var, whole.var[0], 1e-5, scale**2)
+    assert_close(merged.mean, whole.mean[0], 1e-6, scale)
+    assert_close(merged.var, whole.var[0], 1e-5, scale**2)
     assert merged.count == whole.count[0, 0]
 
 
@@ -171,9 +172,9 @@ def test_merging_over_several_axes(vector_count):
     merged = jax.jit(partial(jaxbn.merge_moments, axis=(0, 1)))(stacked)
     whole = oracle.moments(wide(x).reshape(-1, 4), (0,), wide(w).reshape(30, -1))
     assert merged.count.shape == ((4,) if vector_count else ())
-    np.testing.assert_allclose(merged.mean, whole.mean[0], 1e-6)
-    np.testing.assert_allclose(merged.var, whole.var[0], 1e-5)
-    np.testing.assert_allclose(merged.count, np.squeeze(whole.count), 1e-6)
+    assert_close(merged.mean, whole.mean[0], 1e-6)
+    assert_close(merged.var, whole.var[0], 1e-5)
+    assert_close(merged.count, np.squeeze(whole.count), 1e-6)
 
 
 def test_merging_along_a_later_axis():
@@ -181,8 +182,8 @@ def test_merging_along_a_later_axis():
     stacked = jax.vmap(jaxbn.moments, out_axes=jaxbn.Moments(1, 1, 0))(x)
     merged = jaxbn.merge_moments(stacked, axis=1)
     whole = oracle.moments(wide(x).reshape(15, 4), (0,))
-    np.testing.assert_allclose(merged.mean, whole.mean[0], 1e-6)
-    np.testing.assert_allclose(merged.var, whole.var[0], 1e-6)
+    assert_close(merged.mean, whole.mean[0], 1e-6)
+    assert_close(merged.var, whole.var[0], 1e-6)
 
 
 def test_merging_keeps_the_shape_of_a_single_feature():

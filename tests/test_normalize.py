@@ -6,7 +6,16 @@ import numpy as np
 import oracle
 import pytest
 from allpairspy import AllPairs
-from data import COMPLEX, LAYOUTS, REAL, numbers, reduced_axes, tolerance, wide
+from data import (
+    COMPLEX,
+    LAYOUTS,
+    REAL,
+    assert_close,
+    numbers,
+    reduced_axes,
+    tolerance,
+    wide,
+)
 
 import jaxbn
 
@@ -60,7 +69,7 @@ def test_equals_the_oracle(dtype, layout, affine, vectors, out):
     assert y.dtype == (out or dtype)
     # epsilon, a float, is rounded to the dtype of the vectors.
     tol = max(tolerance(y.dtype), tolerance(x.dtype) if dtype == "float64" else 2e-6)
-    np.testing.assert_allclose(wide(y), truth, 4 * max(tol, 1e-9), 4 * max(tol, 1e-9))
+    assert_close(wide(y), truth, 4 * max(tol, 1e-9), 4 * max(tol, 1e-9))
 
 
 @pytest.mark.usefixtures("x64")
@@ -73,7 +82,7 @@ def test_complex(dtype):
         y = jaxbn.normalize(x, m.mean[0], m.var[0], factor, 1j * scale)
         assert y.dtype == dtype
         truth = oracle.normalize(wide(x), m.mean, m.var, factor, 1j * scale)
-        np.testing.assert_allclose(wide(y), truth, 1e-5, 1e-5)
+        assert_close(wide(y), truth, 1e-5, 1e-5)
 
 
 def test_subtracts_before_it_scales():

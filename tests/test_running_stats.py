@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from data import numbers, wide
+from data import assert_close, numbers, wide
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -40,7 +40,7 @@ def test_exponential_average(momentum, unbiased):
     expected = np.array([np.zeros(3), np.ones(3)])
     for batch in seen:
         expected = momentum * expected + (1 - momentum) * batch
-    np.testing.assert_allclose(stats[:2], expected, 1e-5, 1e-6)
+    assert_close(stats[:2], expected, 1e-5, 1e-6)
     assert stats.step == 50
 
 
@@ -50,19 +50,19 @@ def test_debiased_is_a_weighted_mean_of_the_batches_alone(decay, steps):
     stats, seen = run(jaxbn.debiased(decay), steps)
     weight = decay ** np.arange(steps)[::-1]
     expected = np.tensordot(weight / weight.sum(), seen, 1)
-    np.testing.assert_allclose(stats[:2], expected, 1e-5, 1e-5)
+    assert_close(stats[:2], expected, 1e-5, 1e-5)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 300])
 def test_cumulative_is_the_mean_of_the_batches(steps):
     stats, seen = run(jaxbn.cumulative(), steps)
-    np.testing.assert_allclose(stats[:2], seen.mean(0), 2e-5, 2e-6)
+    assert_close(stats[:2], seen.mean(0), 2e-5, 2e-6)
 
 
 def test_debiased_momentum_near_one():
     # Computed as 1 − decay**t, float32 would give 0 / 0 here.
     weight = jaxbn.debiased(1 - 1e-9)(jnp.int32(1))
-    np.testing.assert_allclose(weight, 0.5, 1e-6)
+    assert_close(weight, 0.5, 1e-6)
 
 
 def test_momenta_are_values():
@@ -79,10 +79,10 @@ def test_momentum_as_optax_schedule_and_as_array():
     schedule = optax.linear_schedule(0.0, 1.0, 10)
     by_schedule = jaxbn.update(stats, m, momentum=schedule)
     by_number = jaxbn.update(stats, m, momentum=0.5)
-    np.testing.assert_allclose(by_schedule.mean, by_number.mean, 1e-6)
+    assert_close(by_schedule.mean, by_number.mean, 1e-6)
     by_array = jaxbn.update(stats, m, momentum=jnp.array([0.0, 0.5, 1.0]))
     expected = [m.mean[0], by_number.mean[1], stats.mean[2]]
-    np.testing.assert_allclose(by_array.mean, expected, 1e-6)
+    assert_close(by_array.mean, expected, 1e-6)
 
 
 @settings(max_examples=50, deadline=None)
@@ -94,15 +94,15 @@ def test_unbiased_with_float_weights(w):
     new = jaxbn.update(jaxbn.init_stats(1), m, momentum=0.0, unbiased=True)
     n, biased = float(m.count), float(m.var[0])
     expected = 1.0 if n == 0 else biased * n / (n - 1) if n > 1 else biased
-    np.testing.assert_allclose(new.var[0], expected, 1e-4)
+    assert_close(new.var[0], expected, 1e-4)
 
 
 def test_features_without_weight_keep_their_values():
     x = numbers((4, 2), "float32")
     m = jaxbn.moments(x, weights=np.array([1.0, 0.0]))
     new = jaxbn.update(jaxbn.init_stats(2), m, momentum=0.0)
-    np.testing.assert_allclose(new.mean, [m.mean[0], 0], 1e-6)
-    np.testing.assert_allclose(new.var, [m.var[0], 1], 1e-6)
+    assert_close(new.mean, [m.mean[0], 0], 1e-6)
+    assert_close(new.var, [m.var[0], 1], 1e-6)
     assert new.step == 1
 
 

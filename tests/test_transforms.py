@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from data import numbers
+from data import assert_close, numbers
 
 import jaxbn
 
@@ -82,7 +82,7 @@ def test_strict_dtype_promotion(form):
 @pytest.mark.parametrize("form", FORMS)
 def test_jit_equals_eager(form):
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-5),
+        lambda a, b: assert_close(a, b, 1e-5, 1e-5),
         step(form, *arguments()),
         jax.jit(lambda *args: step(form, *args))(*arguments()),
     )
@@ -97,7 +97,7 @@ def test_vmap_equals_a_loop(form):
     for i, args in enumerate(many):
         one = alone(*args)
         for a, b in zip(jax.tree.leaves(mapped), jax.tree.leaves(one), strict=True):
-            np.testing.assert_allclose(a[i], b, 1e-5, 1e-5)
+            assert_close(a[i], b, 1e-5, 1e-5)
 
 
 def test_shapes_without_values():
@@ -108,7 +108,7 @@ def test_shapes_without_values():
 def test_numpy_input():
     x = np.arange(12.0, dtype=np.float32).reshape(4, 3)
     y, m = jaxbn.batch_norm(x, np.ones(3, np.float32))
-    np.testing.assert_allclose(y, jaxbn.normalize(x, m.mean, m.var), 1e-6)
+    assert_close(y, jaxbn.normalize(x, m.mean, m.var), 1e-6)
 
 
 def test_donated_state():
