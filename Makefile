@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 INSTALLED := $(VENV)/.installed
 OUT ?= out/digits
+TESTS ?= tests
 # Documents whose examples are run.
 PAGES := README.md
 
@@ -28,10 +29,10 @@ demo-small: $(INSTALLED)  ## The same, shortened to seconds.
 	$(BIN)/python examples/train_digits.py --steps 20 --out $(OUT)-small
 
 test: $(INSTALLED)  ## Run the tests.
-	$(BIN)/python -m pytest -q -n $(JOBS) -m 'not slow'
+	$(BIN)/python -m pytest -q -n $(JOBS) -m 'not slow' $(TESTS)
 
 test-all: $(INSTALLED)  ## Run the tests and the slow ones.
-	$(BIN)/python -m pytest -q -n $(JOBS)
+	$(BIN)/python -m pytest -q -n $(JOBS) $(TESTS)
 
 doctest: $(INSTALLED)  ## Run the examples in docstrings and pages.
 	$(BIN)/python -m pytest -q --doctest-modules jaxbn --doctest-glob='*.md' $(PAGES)
