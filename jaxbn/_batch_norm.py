@@ -189,9 +189,14 @@ def _vjp_form_bwd(static: _Static, residuals, c):
     x, scale, bias, given = residuals
     wide, c, expand, inv, k, n = _prepare(static, x, c, scale, given)
     local = _sums.cotangent_sums(c, wide + expand(-given.mean), static.feature_axes)
-    total = _mesh.all_sum(local, static.axis_name, static.axis_index_groups)
-    c0 = -k * total[0] / n
-    c1 = -jnp.square(inv) * (k * total[1]).real / n
+    # k is summed with c, because scale may differ between the devices.
+    sum_kc, sum_kc_delta, *total = _mesh.all_sum(
+        (k * local[0], (k * local[1]).real, *local),
+        static.axis_name,
+        static.axis_index_groups,
+    )
+    c0 = -sum_kc / n
+    c1 = -jnp.square(inv) * sum_kc_delta / n
     through_moments = (wide - expand(given.mean)).conj() * expand(c1) + expand(c0)
     dx = c * expand(k) + _sums.times(through_moments, given.weights)
 

@@ -15,6 +15,8 @@ def standard(module: Any, **fixed: Any) -> layers.Layer:
         "feature_axes": module.axis,
         "momentum": module.momentum,
         "epsilon": module.epsilon,
+        "use_scale": module.use_scale,
+        "use_bias": module.use_bias,
         "use_fast_variance": module.use_fast_variance,
         "unbiased": module.unbiased,
         "axis_name": module.axis_name,

@@ -58,8 +58,8 @@ def moments(
         mean to standard deviation. An array with the shape of the feature axes, near
         the mean (a running mean), reads `x` once, and is as exact as it is near: the
         relative error of the variance grows as 1 + ((shift − mean) / std)². It must be
-        the same on all devices of `axis_name`; its entries that are not finite count
-        as 0. A shift is data: gradients stop there.
+        the same on all devices of `axis_name` (of each group, if there are groups); its
+        entries that are not finite count as 0. A shift is data: gradients stop there.
       axis_name: Name or names of mapped axes (`jax.shard_map`, `jax.pmap`, `jax.vmap`)
         to sum over. With a shift this takes one all-reduce, without one two.
       axis_index_groups: Groups of indices that partition the one named axis; each group
@@ -97,7 +97,9 @@ def moments(
     if weights is not None:
         weights = _axes.weights_like(weights, x, _dtypes.accumulation(x.dtype))
     if shift is not None:
-        shift = _checked_shift(shift, x, feature_axes, axis_name)
+        shift = _checked_shift(shift, x, feature_axes)
+        if axis_index_groups is None:  # A group's shift need only be its own.
+            _mesh.require_same_on_all("shift", shift, axis_name)
 
     def all_sum(*sums):
         sums = _mesh.all_sum(sums, axis_name, axis_index_groups)
@@ -118,7 +120,9 @@ def moments(
         first, second, count = all_sum(*central_sums(center), count)
 
     offset = first / divisor(count)
-    var = second / divisor(count) - _sums.squared(offset)
+    # Where Σ|δ|² overflows, var is infinite, not inf − inf.
+    excess = jnp.where(jnp.isfinite(second), _sums.squared(offset), 0)
+    var = second / divisor(count) - excess
     # Not maximum(var, 0), whose derivative is halved where var is 0.
     return Moments(center + offset, jnp.where(var < 0, 0, var), count)
 
@@ -180,9 +184,8 @@ def divisor(count: jax.Array) -> jax.Array:
     return jnp.where(count > 0, count, jnp.finfo(count.dtype).max)
 
 
-def _checked_shift(shift, x, feature_axes, axis_name) -> jax.Array:
+def _checked_shift(shift, x, feature_axes) -> jax.Array:
     shift = lax.stop_gradient(_dtypes.inexact_array("shift", shift))
     _dtypes.require_no_imaginary_loss("shift", shift, "x", x.dtype)
     _axes.require_features("shift", shift, x, feature_axes)
-    _mesh.require_same_on_all("shift", shift, axis_name)
     return shift.astype(_dtypes.widen(x).dtype)

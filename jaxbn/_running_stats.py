@@ -89,9 +89,9 @@ def update(
       stats: The statistics so far.
       moments: Those of the batch, as `moments` and `batch_norm` return them.
       momentum: The weight of the *old* value, as in Flax, Keras and Haiku (PyTorch's
-        is the weight of the new one, 1 − this). A number from 0 to 1, an array that
-        broadcasts against the features, or a function of `stats.step`: `cumulative()`,
-        `debiased(0.99)`, or an optax schedule.
+        is the weight of the new one, 1 − this). A number from 0 to 1, an array with the
+        shape of the features, or a function of `stats.step`: `cumulative()`,
+        `debiased(0.99)`, or an optax schedule. It is data: gradients stop there.
       unbiased: Take the batch's variance times n/(n − 1) where n > 1.
 
     Returns:
@@ -117,6 +117,7 @@ def update(
     stats, moments = lax.stop_gradient((stats, moments))
     old_weight = momentum(stats.step) if callable(momentum) else momentum
     _check_momentum(old_weight, stats)
+    old_weight = lax.stop_gradient(jnp.asarray(old_weight))
     n = moments.count
     var = moments.var
     if unbiased:
@@ -125,10 +126,9 @@ def update(
     def blend(old: jax.Array, new: jax.Array) -> jax.Array:
         wide = _dtypes.widen(old, new)
         dtype = _dtypes.accumulation(wide.dtype)
-        # 1 − momentum before rounding: for 0.999 in bfloat16 it would be 0 after.
-        keep = jnp.asarray(old_weight, dtype)
-        take = jnp.asarray(1 - old_weight, dtype)
-        mixed = keep * wide + take * new.astype(wide.dtype)
+        # The two must sum to exactly 1, or errors of one sign pile up over the steps.
+        keep = old_weight.astype(dtype)
+        mixed = keep * wide + (1 - keep) * new.astype(wide.dtype)
         return jnp.where(n > 0, mixed, wide).astype(old.dtype)
 
     return RunningStats(
@@ -229,6 +229,13 @@ def _check_update(stats: RunningStats, moments: Moments, unbiased: bool) -> None
             )
         _dtypes.require_no_imaginary_loss(
             f"moments.{name}", new, f"stats.{name}", old.dtype
+        )
+
+    count, features = moments.count.shape, stats.mean.shape
+    if count not in ((), features):
+        raise ValueError(
+            f"`moments.count` has shape {count}, expected a scalar or {features}. Pool "
+            "stacked moments by `merge_moments` first."
         )
 
 

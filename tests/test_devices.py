@@ -261,3 +261,50 @@ def test_replicated_input_with_sharded_parameters(form):
     )
     got, expected = (jax.jit(jax.grad(f, (0, 1))) for f in (spread, loop))
     close(got(x, scale), expected(x, scale))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("groups", [None, ((0, 1, 2, 5), (3, 4, 6, 7))])
+def test_scale_that_differs_between_the_devices(form, groups):
+    x, scale = numbers((8, 4, 3), "float64"), numbers((8, 3), "float64", 5)
+
+    def summed(bn):
+        return jax.jit(jax.grad(lambda *a: jnp.sum(jnp.sin(bn(*a))), (0, 1)))
+
+    def spread(x, scale):
+        layer = lambda x, s: jaxbn.batch_norm(
+            x, s, axis_name="i", axis_index_groups=groups, derivatives=form
+        )[0]
+        return jax.vmap(layer, axis_name="i")(x, scale)
+
+    def plain(x, scale):
+        parts = []
+        for group in groups or (tuple(range(8)),):
+            rows = x[np.array(group)].reshape(-1, 3)
+            delta = (x[np.array(group)] - rows.mean(0)[None, None]).reshape(-1, 4, 3)
+            xhat = delta / jnp.sqrt(rows.var(0) + 1e-5)[None, None]
+            parts.append(xhat * scale[np.array(group)][:, None])
+        return jnp.concatenate(parts)
+
+    close(summed(spread)(x, scale), summed(plain)(x, scale))
+
+
+def test_groups_train_with_their_own_statistics():
+    layer = jaxbn.layers.standard(
+        axis_name="data", axis_index_groups=((0, 1, 2, 3), (4, 5, 6, 7))
+    )
+    params, state = layer.init(3)
+
+    def two_steps(x, state):
+        state = jax.tree.map(lambda a: lax.pcast(a, "data", to="varying"), state)
+        for _ in range(2):
+            _, state = layer.apply(params, state, x, training=True)
+        return jax.tree.map(lambda a: a[None], state)
+
+    f = jax.shard_map(
+        two_steps, mesh=mesh_of(8), in_specs=(P("data"), P()), out_specs=P("data")
+    )
+    x = numbers((16, 3), "float32")
+    new = jax.jit(f)(x, state)
+    half = 0.0199 * np.asarray(x).reshape(2, 8, 3).mean(1)
+    assert_close(new.mean, np.repeat(half, 4, axis=0), 1e-4, 1e-6)

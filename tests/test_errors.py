@@ -223,6 +223,18 @@ CASES = {
         TypeError,
         ["`training` must be a Python bool", "1", "static"],
     ),
+    "a parameter that the layer does not have": (
+        lambda: jaxbn.layers.standard(use_scale=False).apply(
+            {"scale": V, "bias": V}, STATS, X, training=True
+        ),
+        ValueError,
+        ["`params` has ['bias', 'scale']", "expected ['bias']", "`use_scale`"],
+    ),
+    "a count of stacked moments": (
+        lambda: jaxbn.update(STATS, M._replace(count=jnp.ones((5, 1)))),
+        ValueError,
+        ["`moments.count` has shape (5, 1)", "(3,)", "`merge_moments`"],
+    ),
     "tf axes out of range": (
         lambda: tf_nn.moments(X, [2]),
         ValueError,

@@ -259,3 +259,10 @@ def test_linen_module_in_a_training_scan(x64):
 
     stats, _ = jax.lax.scan(step, variables["batch_stats"], xs)
     assert stats["mean"].dtype == jnp.float32
+
+
+def test_momentum_turned_into_a_function_too_late():
+    module = jaxbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    module.momentum = jaxbn.cumulative()
+    with pytest.raises(ValueError, match="Pass it to the constructor"):
+        module(jnp.ones((4, 3)))

@@ -189,3 +189,10 @@ def test_merging_along_a_later_axis():
 def test_merging_keeps_the_shape_of_a_single_feature():
     m = jaxbn.Moments(jnp.ones((2, 1)), jnp.ones((2, 1)), jnp.ones((2, 1)))
     assert jaxbn.merge_moments(m).count.shape == (1,)
+
+
+@pytest.mark.parametrize("shift", [None, np.zeros(4, np.float32)])
+def test_a_variance_that_overflows_is_infinite(shift):
+    m = jaxbn.moments(numbers((8, 4), "float32", mean=0.0) * 1e30, shift=shift)
+    np.testing.assert_array_equal(m.var, np.inf)
+    assert np.all(np.isfinite(m.mean))

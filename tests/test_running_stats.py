@@ -132,3 +132,18 @@ def test_no_gradient_passes():
         return jnp.sum(new.mean) + jnp.sum(new.var)
 
     np.testing.assert_array_equal(jax.grad(loss)(numbers((4, 3), "float32")), 0)
+
+
+@pytest.mark.parametrize("momentum", [0.99, 0.9999])
+def test_rounding_does_not_pile_up(momentum):
+    stats = jaxbn.init_stats(1)._replace(mean=jnp.full(1, 1000.0))
+    batch = jaxbn.Moments(jnp.full(1, 1000.0), jnp.ones(1), jnp.float32(8))
+    step = lambda _, s: jaxbn.update(s, batch, momentum=momentum)
+    stats = jax.jit(lambda s: jax.lax.fori_loop(0, 20_000, step, s))(stats)
+    assert_close(stats.mean, 1000.0, 1e-6)
+
+
+def test_momentum_is_data():
+    m = jaxbn.moments(numbers((8, 3), "float32"))
+    mean = lambda momentum: jaxbn.update(jaxbn.init_stats(3), m, momentum=momentum).mean
+    assert jax.grad(lambda p: mean(p).sum())(0.9) == 0

@@ -58,3 +58,12 @@ def require_static_training(training: Any) -> None:
             "two programs: close over it, or mark it static in `jax.jit` "
             "(`static_argnames='training'`)."
         )
+
+
+def require_params(params: Params, names: list[str]) -> None:
+    """Refuses parameters that the layer would ignore, and those it would miss."""
+    if set(params) != set(names):
+        raise ValueError(
+            f"`params` has {sorted(params)}, expected {sorted(names)}. Take them from "
+            "this layer's `init`; `use_scale` and `use_bias` decide which there are."
+        )

@@ -7,7 +7,7 @@ from jaxbn import _axes, _mesh
 from jaxbn._batch_norm import batch_norm
 from jaxbn._normalize import normalize
 from jaxbn._running_stats import Momentum, RunningStats, init_stats, update
-from jaxbn.layers._layer import Layer, require_static_training
+from jaxbn.layers._layer import Layer, require_params, require_static_training
 
 
 def standard(
@@ -54,7 +54,8 @@ def standard(
 
     Raises:
       TypeError: In `apply`: `training` is not a Python bool, or as `batch_norm`.
-      ValueError: In `apply`: as `batch_norm` and `update`.
+      ValueError: In `apply`: `params` has other names than the options say, or as
+        `batch_norm` and `update`.
 
     Example:
       >>> import jaxbn, jax.numpy as jnp
@@ -70,6 +71,8 @@ def standard(
       Ioffe and Szegedy, "Batch Normalization" (2015).
     """
 
+    names = ["scale"] * use_scale + ["bias"] * use_bias
+
     def init(features):
         state = init_stats(features, dtype=stats_dtype)
         params = {}
@@ -81,6 +84,7 @@ def standard(
 
     def apply(params, state: RunningStats, x, *, training, weights=None):
         require_static_training(training)
+        require_params(params, names)
         affine = params.get("scale"), params.get("bias")
         same = {"feature_axes": feature_axes, "epsilon": epsilon, "dtype": dtype}
         if not training:

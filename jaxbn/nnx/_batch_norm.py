@@ -99,6 +99,11 @@ class BatchNorm(nnx.BatchNorm):
             "BatchNorm nor to the call. Pass True (inference) or False (training), or "
             "call `train()` or `eval()` on the model.",
         )
+        if callable(self.momentum) and self.step is None:
+            raise ValueError(
+                "`momentum` became a function of the step after the module was made, "
+                "so that no step was counted. Pass it to the constructor."
+            )
         x, scale, bias, dtype = self._promoted(_flax_fields.as_inexact(x))
         layer = _flax_fields.standard(self, dtype=dtype)
         step = None if self.step is None else self.step[...]
