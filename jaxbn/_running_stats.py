@@ -106,9 +106,9 @@ def update(
       >>> import jaxbn, jax.numpy as jnp
       >>> stats = jaxbn.init_stats(1)
       >>> batch = jaxbn.moments(jnp.array([[1.0], [3.0], [5.0]]))
-      >>> stats = jaxbn.update(stats, batch, momentum=0.9)
+      >>> stats = jaxbn.update(stats, batch, momentum=0.5)
       >>> print(stats.mean, stats.step)
-      [0.3] 1
+      [1.5] 1
 
     References:
       Ioffe and Szegedy, "Batch Normalization" (2015), section 3.1 and algorithm 2.

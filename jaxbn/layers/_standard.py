@@ -59,13 +59,13 @@ def standard(
 
     Example:
       >>> import jaxbn, jax.numpy as jnp
-      >>> layer = jaxbn.layers.standard(momentum=0.9)
+      >>> layer = jaxbn.layers.standard(momentum=0.5)
       >>> params, state = layer.init(2)
       >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
       >>> y, state = layer.apply(params, state, x, training=True)
       >>> y, state = layer.apply(params, state, x, training=False)
       >>> print(state.mean, state.step)
-      [0.2 2. ] 1
+      [ 1. 10.] 1
 
     References:
       Ioffe and Szegedy, "Batch Normalization" (2015).
