@@ -66,7 +66,8 @@ def batch_norm(
       shift: As for `moments`: a running mean saves one pass over `x`.
       axis_name: As for `moments`.
       axis_index_groups: As for `moments`.
-      dtype: The output's dtype, by default that of `x`.
+      dtype: The output's dtype, by default that of `x`. May be complex for real `x`,
+        and must be where `scale` or `bias` is.
       derivatives: "vjp" has reverse mode, and reverse or forward mode over it. "jvp"
         has every mode at the same cost on one device; across devices its backward pass
         issues more all-reduces.
@@ -76,7 +77,8 @@ def batch_norm(
       weight is 0 is normalized by mean `shift` (or 0) and variance 0.
 
     Raises:
-      TypeError: An argument is not floating or complex, or complex where `x` is real.
+      TypeError: An argument is not floating or complex, or complex where the output is
+        real.
       ValueError: A shape does not fit, an axis is out of range or named twice, or
         `derivatives` is another word.
       NameError: `axis_name` is not bound.
@@ -100,8 +102,8 @@ def batch_norm(
     x = _dtypes.inexact_array("x", x)
     axes = _axes.canonical(feature_axes, x.ndim)
     dtype = _dtypes.output(x.dtype, dtype)
-    scale = optional_vector("scale", scale, x, axes)
-    bias = optional_vector("bias", bias, x, axes)
+    scale = optional_vector("scale", scale, x, axes, dtype)
+    bias = optional_vector("bias", bias, x, axes, dtype)
     m = moments(
         x,
         feature_axes=axes,

@@ -52,7 +52,7 @@ def output(x_dtype: DTypeLike, dtype: DTypeLike | None) -> Any:
     if dtype is None:
         return jnp.dtype(x_dtype)
     if not jnp.issubdtype(dtype, jnp.inexact) or (
-        _is_complex(dtype) != _is_complex(x_dtype)
+        _is_complex(x_dtype) and not _is_complex(dtype)
     ):
         kind = "complex" if _is_complex(x_dtype) else "floating"
         raise TypeError(

@@ -42,14 +42,15 @@ def normalize(
       feature_axes: The axes of `x` that the vectors run along. By default the last.
       epsilon: Added to the variance. A number or a scalar array, and data: gradients
         stop there.
-      dtype: The output's dtype, by default that of `x`.
+      dtype: The output's dtype, by default that of `x`. May be complex for real `x`,
+        and must be where one of the vectors is complex.
 
     Returns:
       Array with the shape of `x`.
 
     Raises:
       TypeError: An argument is not floating or complex, `var` is complex, or another
-        vector is while `x` is not.
+        vector or `x` is while the output is not.
       ValueError: An axis is out of range or named twice, or a vector does not have the
         shape of the feature axes.
 
@@ -66,30 +67,37 @@ def normalize(
     """
     x = _dtypes.inexact_array("x", x)
     feature_axes = _axes.canonical(feature_axes, x.ndim)
-    mean = checked_vector("mean", mean, x, feature_axes)
-    var = checked_vector("var", var, x, feature_axes)
+    dtype = _dtypes.output(x.dtype, dtype)
+    mean = checked_vector("mean", mean, x, feature_axes, dtype)
+    var = checked_vector("var", var, x, feature_axes, dtype)
     _dtypes.require_no_imaginary_loss("var", var, "a variance", jnp.float32)
-    scale = optional_vector("scale", scale, x, feature_axes)
-    bias = optional_vector("bias", bias, x, feature_axes)
-    apply = _named_apply(feature_axes, _dtypes.output(x.dtype, dtype))
+    scale = optional_vector("scale", scale, x, feature_axes, dtype)
+    bias = optional_vector("bias", bias, x, feature_axes, dtype)
+    apply = _named_apply(feature_axes, dtype)
     return apply(x, mean, var, scale, bias, checked_epsilon(epsilon))
 
 
 def checked_vector(
-    name: str, vector: ArrayLike, x: jax.Array, feature_axes: tuple[int, ...]
+    name: str, vector: ArrayLike, x: jax.Array, feature_axes: tuple[int, ...], dtype
 ) -> jax.Array:
     """A feature vector for `x`, or one per example, as an array."""
     array = _dtypes.inexact_array(name, vector)
-    _dtypes.require_no_imaginary_loss(name, array, "x", x.dtype)
+    _dtypes.require_no_imaginary_loss(name, array, "dtype", dtype)
     _axes.require_features(name, array, x, feature_axes, per_example=True)
     return array
 
 
 def optional_vector(
-    name: str, vector: ArrayLike | None, x: jax.Array, feature_axes: tuple[int, ...]
+    name: str,
+    vector: ArrayLike | None,
+    x: jax.Array,
+    feature_axes: tuple[int, ...],
+    dtype,
 ) -> jax.Array | None:
     """Like `checked_vector`, but None stays None."""
-    return None if vector is None else checked_vector(name, vector, x, feature_axes)
+    if vector is None:
+        return None
+    return checked_vector(name, vector, x, feature_axes, dtype)
 
 
 def checked_epsilon(epsilon: ArrayLike) -> jax.Array:

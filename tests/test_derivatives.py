@@ -175,3 +175,22 @@ def test_moments_returned_beside_y_count_in_full():
     x, scale, bias = arguments()
     g = jax.grad(lambda x: jaxbn.batch_norm(x, scale, bias)[1].var.sum())(x)
     assert_close(g, 2 / 5 * (x - x.mean(0)[None]), 1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_complex_output_of_real_input(form):
+    x = arguments()[0]
+    scale, bias = numbers(2, "complex128", 5), numbers(2, "complex128", 6)
+
+    def loss(bn):
+        return lambda *a: jnp.sum(jnp.abs(jnp.sin(0.2 * bn(*a)[0])) ** 2)
+
+    bn = lambda *a: jaxbn.batch_norm(
+        *a, weights=WEIGHTS["floats"], dtype=complex, derivatives=form
+    )
+    losses = [loss(bn), loss(lambda *a: textbook(*a, WEIGHTS["floats"]))]
+    for derivative in (jax.grad, jax.hessian):
+        got, truth = (jax.jit(derivative(f))(x, scale, bias) for f in losses)
+        assert_close(got, truth, 1e-9, 1e-12)
+    got, truth = (jax.jit(jax.grad(f, (1, 2)))(x, scale, bias) for f in losses)
+    jax.tree.map(lambda a, b: assert_close(a, b, 1e-12), got, truth)

@@ -81,7 +81,11 @@ CASES = {
     "complex scale for real x": (
         lambda: jaxbn.batch_norm(X, C),
         TypeError,
-        ["`scale` is complex (complex64)", "`x` is real (float32)", "Make `x` complex"],
+        [
+            "`scale` is complex (complex64)",
+            "`dtype` is real (float32)",
+            "Make `dtype` complex",
+        ],
     ),
     "complex shift for real x": (
         lambda: jaxbn.moments(X, shift=C),
