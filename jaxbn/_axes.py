@@ -15,9 +15,7 @@ Axes = int | Sequence[int]
 def canonical(axes: Axes, ndim: int, name: str = "feature_axes") -> tuple[int, ...]:
     """`axes` as distinct, non-negative integers in ascending order."""
     try:
-        given = tuple(
-            operator.index(a) for a in np.atleast_1d(np.asarray(axes, object))
-        )
+        given = _integers(axes)
     except TypeError:
         raise TypeError(
             f"`{name}` must be an integer or a tuple of integers, got {axes!r}."
@@ -34,6 +32,19 @@ def canonical(axes: Axes, ndim: int, name: str = "feature_axes") -> tuple[int, .
             f"`{name}` names an axis twice: got {given} for an array of rank {ndim}. "
             "Name each axis once."
         )
+    return found
+
+
+def shape(features: int | Sequence[int], name: str = "features") -> tuple[int, ...]:
+    """`features` as the shape of a feature vector."""
+    try:
+        found = _integers(features)
+    except TypeError:
+        raise TypeError(
+            f"`{name}` must be an integer or a tuple of integers, got {features!r}."
+        ) from None
+    if any(n < 0 for n in found):
+        raise ValueError(f"`{name}` must not be negative, got {features!r}.")
     return found
 
 
@@ -103,14 +114,20 @@ def aligned(name: str, array: jax.Array, x: jax.Array, hint: str) -> jax.Array:
     return array.reshape(shape)
 
 
-def weights_like(weights: ArrayLike, x: jax.Array, dtype) -> jax.Array:
+def weights_like(
+    weights: ArrayLike, x: jax.Array, dtype, name: str = "weights"
+) -> jax.Array:
     """Weights as data: the rank of `x`, boolean or cast to `dtype`, no gradient."""
     weights = lax.stop_gradient(jnp.asarray(weights))
     if jnp.issubdtype(weights.dtype, jnp.complexfloating):
         raise TypeError(
-            f"`weights` must be boolean or real, got dtype {weights.dtype}. "
-            "Pass their magnitude, or a mask."
+            f"`{name}` must be boolean or real, got dtype {weights.dtype}. "
+            "Pass the magnitude, or where it is not 0."
         )
-    hint = "for one weight per example add axes of length 1, as in `weights[:, None]`"
-    weights = aligned("weights", weights, x, hint)
+    hint = f"for one weight per example add axes of length 1, as in `{name}[:, None]`"
+    weights = aligned(name, weights, x, hint)
     return weights if weights.dtype == jnp.bool_ else weights.astype(dtype)
+
+
+def _integers(values: int | Sequence[int]) -> tuple[int, ...]:
+    return tuple(operator.index(v) for v in np.atleast_1d(np.asarray(values, object)))

@@ -4,8 +4,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
-from jaxbn import layers
+from jaxbn import _axes, _dtypes, _mesh, layers
 from jaxbn._running_stats import RunningStats
 
 
@@ -26,6 +27,12 @@ def standard(module: Any, **fixed: Any) -> layers.Layer:
     return layers.standard(**(options | fixed))
 
 
+def hashable(axis, axis_name, axis_index_groups) -> tuple:
+    """Lists as tuples: a module is hashed where it is static to a compiled function."""
+    axis = tuple(axis) if isinstance(axis, list) else axis
+    return axis, *_mesh.hashable(axis_name, axis_index_groups)
+
+
 def affine(scale: jax.Array | None, bias: jax.Array | None) -> dict[str, jax.Array]:
     """The layer's parameters: those that the module has."""
     given = {"scale": scale, "bias": bias}
@@ -41,3 +48,42 @@ def as_inexact(x: Any) -> jax.Array:
     """`x` as an array; integers as float32, as Flax takes them."""
     x = jnp.asarray(x)
     return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
+
+
+def feature_axes(axis: _axes.Axes, ndim: int) -> tuple[int, ...]:
+    """`axis` as `feature_axes`; naming an axis twice is naming it, as in Flax."""
+    each = axis if isinstance(axis, (tuple, list)) else (axis,)
+    return tuple(sorted({_axes.canonical(a, ndim, "axis")[0] for a in each}))
+
+
+def require_features(
+    name: str, shape: tuple[int, ...], x: jax.Array, axes: tuple[int, ...]
+) -> None:
+    """Refuses an `x` of other features than the module has."""
+    if shape != _axes.lengths(x, axes):
+        raise ValueError(
+            f"`{name}` has {shape}, but `x` of shape {x.shape} has "
+            f"{_axes.lengths(x, axes)} along `axis`, {axes}. Make the module for these "
+            "features, or name another `axis`."
+        )
+
+
+def like_mean(x: jax.Array, mean: jax.Array, remedy: str) -> jax.Array:
+    """`x`, complex if the running mean is; a complex `x` without such a mean refused.
+
+    The statistics keep their dtype, so that a real mean would lose an imaginary part.
+    """
+    if jnp.iscomplexobj(x) and not jnp.iscomplexobj(mean):
+        raise TypeError(
+            f"`x` is complex ({x.dtype}) where the running mean is real "
+            f"({mean.dtype}): the imaginary part would be lost. {remedy}"
+        )
+    if jnp.iscomplexobj(mean) and not jnp.iscomplexobj(x):
+        return x.astype(jnp.promote_types(x.dtype, jnp.complex64))
+    return x
+
+
+def require_mask(mask: ArrayLike | None, x: jax.Array) -> None:
+    """Refuses a mask that the verbs would refuse as `weights`."""
+    if mask is not None:
+        _axes.weights_like(mask, x, _dtypes.accumulation(x.dtype), "mask")

@@ -2,17 +2,15 @@
 
 import dataclasses
 import math
-import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxbn import _dtypes
+from jaxbn import _axes, _dtypes
 from jaxbn._moments import Moments
 
 Momentum = ArrayLike | Callable[[jax.Array], ArrayLike]
@@ -51,6 +49,7 @@ def init_stats(
 
     Raises:
       TypeError: `dtype` is not floating or complex, or `features` are not integers.
+      ValueError: `features` are negative.
 
     Example:
       >>> import jaxbn
@@ -63,12 +62,7 @@ def init_stats(
             f"`dtype` must be floating or complex, got {jnp.dtype(dtype)}. "
             "Use jnp.float32, the default."
         )
-    try:
-        shape = tuple(map(operator.index, np.atleast_1d(np.asarray(features, object))))
-    except TypeError:
-        raise TypeError(
-            f"`features` must be an integer or a tuple of integers, got {features!r}."
-        ) from None
+    shape = _axes.shape(features)
     real = jnp.finfo(dtype).dtype
     step = jnp.zeros((), jnp.int32)
     return RunningStats(jnp.zeros(shape, dtype), jnp.ones(shape, real), step)

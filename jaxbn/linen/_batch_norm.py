@@ -1,5 +1,7 @@
 """`flax.linen.BatchNorm` on jaxbn's verbs."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -38,9 +40,11 @@ class BatchNorm(nn.BatchNorm):
       (others): As in `flax.linen.BatchNorm`.
 
     Raises:
-      TypeError: In a call: `x` is complex and the running mean is not.
-      ValueError: In a call: `use_running_average` is given both or neither time, or as
-        for `jaxbn.batch_norm`.
+      TypeError: In a call: `x` is complex and the running mean is not, which happens
+        only to statistics that were initialized with a real `x`.
+      ValueError: In a call: `use_running_average` is given both or neither time, `x`
+        has other features than the statistics, `momentum` is a function and
+        `batch_stats` has no `step` to go on from, or as for `jaxbn.batch_norm`.
 
     Example:
       >>> import jax, jaxbn, jax.numpy as jnp
@@ -59,6 +63,13 @@ class BatchNorm(nn.BatchNorm):
     unbiased: bool = False
     derivatives: str = "vjp"
 
+    def __post_init__(self):
+        """Makes the fields hashable."""
+        self.axis, self.axis_name, self.axis_index_groups = _flax_fields.hashable(
+            self.axis, self.axis_name, self.axis_index_groups
+        )
+        super().__post_init__()
+
     @nn.compact
     def __call__(
         self,
@@ -73,26 +84,32 @@ class BatchNorm(nn.BatchNorm):
           x: The input.
           use_running_average: Inference if True, training if False; here or as a field.
           mask: Boolean mask or non-negative weights that broadcast against `x`: which
-            positions the statistics are of.
+            positions the statistics are of. Matters in training only.
 
         Returns:
           An array of the shape of `x`.
         """
-        use_running_average = nn.merge_param(
+        training = not nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
+        initializing = self.is_initializing()
         x = _flax_fields.as_inexact(x)
-        features = _axes.lengths(x, _axes.canonical(self.axis, x.ndim, "axis"))
-        mean, var, step = self._stats(features, x.dtype)
+        axes = _flax_fields.feature_axes(self.axis, x.ndim)
+        features = _axes.lengths(x, axes)
+        mean, var, step = self._stats(features, x.dtype, training)
+        _flax_fields.require_features("batch_stats", mean.value.shape, x, axes)
+        x = _flax_fields.like_mean(x, mean.value, "Initialize with a complex `x`.")
+        if training:
+            _flax_fields.require_mask(mask, x)
+
         scale = bias = None
         if self.use_scale:
             scale = self.param("scale", self.scale_init, features, self.param_dtype)
         if self.use_bias:
             bias = self.param("bias", self.bias_init, features, self.param_dtype)
-
-        initializing = self.is_initializing()
         layer = _flax_fields.standard(
             self,
+            feature_axes=axes,
             dtype=canonicalize_dtype(x, scale, bias, dtype=self.dtype),
             axis_name=None if initializing else self.axis_name,
             axis_index_groups=None if initializing else self.axis_index_groups,
@@ -101,24 +118,39 @@ class BatchNorm(nn.BatchNorm):
             _flax_fields.affine(scale, bias),
             _flax_fields.stats(mean.value, var.value, step and step.value),
             x,
-            training=not use_running_average,
+            training=training,
             weights=mask,
         )
-        if not (use_running_average or initializing):
+        if training and not initializing:
             mean.value, var.value = new.mean, new.var
             if step is not None:
                 step.value = new.step
         return y
 
-    def _stats(self, features: tuple[int, ...], x_dtype):
+    @nn.nowrap
+    def _stats(self, features: tuple[int, ...], x_dtype, training: bool):
         """The variables of `batch_stats`: mean, var, and step or None."""
         dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
         if jnp.issubdtype(x_dtype, jnp.complexfloating):
             dtype = jnp.promote_types(dtype, jnp.complex64)
-        initial = init_stats(features, dtype=dtype)
-        names = ["mean", "var"] + (["step"] if callable(self.momentum) else [])
-        found = [
-            self.variable("batch_stats", name, lambda value: value, value)
-            for name, value in zip(names, initial, strict=False)
-        ]
-        return found if callable(self.momentum) else [*found, None]
+
+        def initial(name: str) -> Any:
+            return getattr(init_stats(features, dtype=dtype), name)
+
+        given = self.has_variable("batch_stats", "mean")
+        mean, var = (
+            self.variable("batch_stats", name, initial, name)
+            for name in ("mean", "var")
+        )
+        if not callable(self.momentum):
+            return mean, var, None
+        if given and not self.has_variable("batch_stats", "step"):
+            if not training:
+                return mean, var, None
+            # Starting at 0 would make a debiased average forget the old statistics.
+            raise ValueError(
+                "`momentum` is a function of the step, but `batch_stats` has a mean "
+                "and no `step`: it comes from a module whose momentum was a number. "
+                "Add `step`, an int32 scalar, the number of updates so far."
+            )
+        return mean, var, self.variable("batch_stats", "step", initial, "step")

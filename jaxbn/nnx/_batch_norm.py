@@ -1,5 +1,8 @@
 """`flax.nnx.BatchNorm` on jaxbn's verbs."""
 
+from collections.abc import Mapping
+from math import prod
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -7,10 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.module import first_from
 from flax.nnx.nn.dtypes import canonicalize_dtype, promote_dtype
+from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from jax.typing import ArrayLike
 
-from jaxbn import _flax_fields
-from jaxbn._running_stats import init_stats
+from jaxbn import _axes, _flax_fields, _mesh
+from jaxbn._running_stats import Momentum, init_stats
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -25,22 +29,31 @@ class BatchNorm(nnx.BatchNorm):
 
     Where it differs from Flax's: statistics over devices weigh every example alike,
     also under masks; a mask may be integers or float weights; NaN under the mask and an
-    empty mask do no harm; `dtype` rounds neither running nor batch statistics.
+    empty mask do no harm; `dtype` rounds neither running nor batch statistics; there
+    may be several feature axes.
 
     Args:
-      num_features: The number of features.
+      num_features: The number of features; a tuple where `axis` is one, the lengths of
+        these axes in ascending order.
+      axis: The feature axis or axes of the input.
+      momentum: Weight of the old statistics. May also be a function of the number of
+        updates (`jaxbn.debiased(0.99)`, an optax schedule); then there is a further
+        `nnx.BatchStat`, `step`.
+      use_fast_variance: True (Flax's default) passes the running mean as `shift`, which
+        reads `x` once and is as exact as the running mean is near. False is exact from
+        the first step.
+      param_dtype: That of scale and bias. If complex, the running mean is so too.
+      promote_dtype: Called with `(x, mean, var, scale, bias)` and `dtype`, as in Flax;
+        what it makes of mean and var is not used.
       unbiased: Track the variance times n/(n − 1).
       derivatives: "vjp" or "jvp", as for `jaxbn.batch_norm`.
-      **options: Those of `flax.nnx.BatchNorm`, `rngs` among them. `momentum` may also
-        be a function of the number of updates (`jaxbn.debiased(0.99)`, an optax
-        schedule); then there is a further `nnx.BatchStat`, `step`. `use_fast_variance`
-        (the default) passes the running mean as `shift`. `promote_dtype` is applied to
-        `x`, scale and bias only. With a complex `param_dtype` the mean is complex too.
+      (others): As in `flax.nnx.BatchNorm`.
 
     Raises:
-      TypeError: In a call: `x` is complex and the running mean is not.
-      ValueError: In a call: `use_running_average` is None both times, or as for
-        `jaxbn.batch_norm`.
+      TypeError: `num_features` are not integers. In a call: `x` is complex and the
+        running mean is not.
+      ValueError: In a call: `use_running_average` is None both times, `x` has other
+        features than `num_features`, or as for `jaxbn.batch_norm`.
 
     Example:
       >>> import jaxbn, jax.numpy as jnp
@@ -56,22 +69,63 @@ class BatchNorm(nnx.BatchNorm):
 
     def __init__(
         self,
-        num_features: int,
+        num_features: int | tuple[int, ...],
         *,
+        use_running_average: bool | None = False,
+        axis: _axes.Axes = -1,
+        momentum: Momentum = 0.99,
+        epsilon: float = 1e-5,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = nnx.initializers.zeros,
+        scale_init: Initializer = nnx.initializers.ones,
+        axis_name: _mesh.AxisName | None = None,
+        axis_index_groups: _mesh.Groups | None = None,
+        use_fast_variance: bool = True,
+        promote_dtype: PromoteDtypeFn = promote_dtype,
+        rngs: nnx.Rngs,
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+        scale_metadata: Mapping[str, Any] = MappingProxyType({}),
         unbiased: bool = False,
         derivatives: str = "vjp",
-        **options: Any,
     ):
-        super().__init__(num_features, **options)
+        features = _axes.shape(num_features, "num_features")
+        axis, axis_name, axis_index_groups = _flax_fields.hashable(
+            axis, axis_name, axis_index_groups
+        )
+
+        def of_features(init: Initializer) -> Initializer:
+            return lambda key, _, dtype: init(key, features, dtype)
+
+        super().__init__(
+            prod(features),
+            use_running_average=use_running_average,
+            axis=axis,  # type: ignore  (Flax's own is an int.)
+            momentum=momentum,  # type: ignore
+            epsilon=epsilon,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            use_bias=use_bias,
+            use_scale=use_scale,
+            bias_init=of_features(bias_init),
+            scale_init=of_features(scale_init),
+            axis_name=axis_name,  # type: ignore
+            axis_index_groups=axis_index_groups,
+            use_fast_variance=use_fast_variance,
+            promote_dtype=promote_dtype,
+            rngs=rngs,
+            bias_metadata=bias_metadata,
+            scale_metadata=scale_metadata,
+        )
+        self.num_features = num_features if isinstance(num_features, int) else features
         self.unbiased = unbiased
         self.derivatives = derivatives
-        if jnp.issubdtype(self.param_dtype, jnp.complexfloating):
-            initial = init_stats(num_features, dtype=self.param_dtype)
-            self.mean = nnx.BatchStat(initial.mean)
-        if callable(self.momentum):
-            self.step = nnx.BatchStat(jnp.zeros((), jnp.int32))
-        else:
-            self.step = nnx.data(None)
+        complex_ = jnp.issubdtype(param_dtype, jnp.complexfloating)
+        stats = init_stats(features, dtype=param_dtype if complex_ else jnp.float32)
+        self.mean, self.var = nnx.BatchStat(stats.mean), nnx.BatchStat(stats.var)
+        self.step = nnx.BatchStat(stats.step) if callable(momentum) else nnx.data(None)
 
     def __call__(
         self,
@@ -87,12 +141,12 @@ class BatchNorm(nnx.BatchNorm):
           use_running_average: Inference if True, training if False; takes precedence
             over the constructor's, `train()` and `eval()`.
           mask: Boolean mask or non-negative weights that broadcast against `x`: which
-            positions the statistics are of.
+            positions the statistics are of. Matters in training only.
 
         Returns:
           An array of the shape of `x`.
         """
-        use_running_average = first_from(
+        training = not first_from(
             use_running_average,
             self.use_running_average,
             error_msg="`use_running_average` was given neither to the constructor of "
@@ -104,17 +158,27 @@ class BatchNorm(nnx.BatchNorm):
                 "`momentum` became a function of the step after the module was made, "
                 "so that no step was counted. Pass it to the constructor."
             )
-        x, scale, bias, dtype = self._promoted(_flax_fields.as_inexact(x))
-        layer = _flax_fields.standard(self, dtype=dtype)
-        step = None if self.step is None else self.step[...]
+        x = _flax_fields.as_inexact(x)
+        axes = _flax_fields.feature_axes(self.axis, x.ndim)
+        features = _axes.shape(self.num_features)
+        _flax_fields.require_features("num_features", features, x, axes)
+        x, scale, bias, dtype = self._promoted(x)
+        if training:
+            _flax_fields.require_mask(mask, x)
+
+        layer = _flax_fields.standard(self, feature_axes=axes, dtype=dtype)
         y, new = layer.apply(
             _flax_fields.affine(scale, bias),
-            _flax_fields.stats(self.mean[...], self.var[...], step),
+            _flax_fields.stats(
+                self.mean[...],
+                self.var[...],
+                None if self.step is None else self.step[...],
+            ),
             x,
-            training=not use_running_average,
+            training=training,
             weights=mask,
         )
-        if not use_running_average:
+        if training:
             self.mean[...], self.var[...] = new.mean, new.var
             if self.step is not None:
                 self.step[...] = new.step
@@ -122,6 +186,8 @@ class BatchNorm(nnx.BatchNorm):
 
     def _promoted(self, x: jax.Array):
         """x, scale and bias as `promote_dtype` has them, and the output's dtype."""
+        remedy = "Make the module with `param_dtype=jnp.complex64`."
+        x = _flax_fields.like_mean(x, self.mean[...], remedy)
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]
         given = (x, self.mean[...], self.var[...], scale, bias)
