@@ -121,7 +121,7 @@ def update(
         wide = _dtypes.widen(old, new)
         dtype = _dtypes.accumulation(wide.dtype)
         # The two must sum to exactly 1, or errors of one sign pile up over the steps.
-        keep = old_weight.astype(dtype)
+        keep = jnp.asarray(old_weight, dtype)
         mixed = keep * wide + (1 - keep) * new.astype(wide.dtype)
         return jnp.where(n > 0, mixed, wide).astype(old.dtype)
 
