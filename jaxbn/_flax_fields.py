@@ -33,6 +33,17 @@ def hashable(axis, axis_name, axis_index_groups) -> tuple:
     return axis, *_mesh.hashable(axis_name, axis_index_groups)
 
 
+def is_training(use_running_average: Any) -> bool:
+    """Not `use_running_average`, refused where it is not known while tracing."""
+    if isinstance(use_running_average, jax.core.Tracer):
+        raise TypeError(
+            "`use_running_average` must be a Python bool, got a traced value. It "
+            " chooses between two programs: close over it, or mark it static "
+            "(`jax.jit(..., static_argnames='use_running_average')`)."
+        )
+    return not use_running_average
+
+
 def affine(scale: jax.Array | None, bias: jax.Array | None) -> dict[str, jax.Array]:
     """The layer's parameters: those that the module has."""
     given = {"scale": scale, "bias": bias}
@@ -62,7 +73,7 @@ def require_features(
     """Refuses an `x` of other features than the module has."""
     if shape != _axes.lengths(x, axes):
         raise ValueError(
-            f"`{name}` has {shape}, but `x` of shape {x.shape} has "
+            f"`{name}` is for features of shape {shape}, but `x` of shape {x.shape} has "
             f"{_axes.lengths(x, axes)} along `axis`, {axes}. Make the module for these "
             "features, or name another `axis`."
         )

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -15,6 +16,22 @@ V = jnp.ones(3)
 C = jnp.ones(3, jnp.complex64)
 STATS = jaxbn.init_stats(3)
 M = jaxbn.moments(X)
+KEY = jax.random.key(0)
+
+
+def linen(x=X, *args, mask=None, variables=None, **fields):
+    """A call of a linen module in training, by default one just initialized."""
+    layer = jaxbn.linen.BatchNorm(**fields)
+    if variables is None:
+        variables = jaxbn.linen.BatchNorm(False).init(KEY, X)
+    args = args or (False,)
+    return layer.apply(variables, x, *args, mask=mask, mutable=["batch_stats"])
+
+
+def nnx_(x=X, num_features=3, mask=None, **options):
+    """The same of an nnx module."""
+    return jaxbn.nnx.BatchNorm(num_features, rngs=nnx.Rngs(0), **options)(x, mask=mask)
+
 
 # What is called, the kind of error, and words of its message in their order.
 CASES = {
@@ -238,6 +255,64 @@ CASES = {
         lambda: jaxbn.update(STATS, M._replace(count=jnp.ones((5, 1)))),
         ValueError,
         ["`moments.count` has shape (5, 1)", "(3,)", "`merge_moments`"],
+    ),
+    "negative features": (
+        lambda: jaxbn.init_stats((2, -1)),
+        ValueError,
+        ["`features` must not be negative", "(2, -1)"],
+    ),
+    "linen axis out of range": (
+        lambda: linen(axis=2),
+        ValueError,
+        ["`axis` has 2", "rank 2"],
+    ),
+    "linen mask that does not broadcast": (
+        lambda: linen(mask=jnp.ones(4)),
+        ValueError,
+        ["`mask` has shape (4,)", "`x` of shape (4, 3)", "`mask[:, None]`"],
+    ),
+    "linen statistics of other features": (
+        lambda: linen(jnp.ones((4, 5))),
+        ValueError,
+        [
+            "`batch_stats` is for features of shape (3,)",
+            "shape (4, 5)",
+            "(5,) along `axis`, (1,)",
+        ],
+    ),
+    "linen traced use_running_average": (
+        lambda: jax.jit(lambda inference: linen(X, inference))(True),
+        TypeError,
+        ["`use_running_average` must be a Python bool", "traced", "static"],
+    ),
+    "nnx axis that is no integer": (
+        lambda: nnx_(axis="C"),
+        TypeError,
+        ["`axis` must be an integer", "'C'"],
+    ),
+    "nnx mask that does not broadcast": (
+        lambda: nnx_(mask=jnp.ones(4)),
+        ValueError,
+        ["`mask` has shape (4,)", "`mask[:, None]`"],
+    ),
+    "nnx complex mask": (
+        lambda: nnx_(mask=C),
+        TypeError,
+        ["`mask` must be boolean or real", "complex64"],
+    ),
+    "nnx other features": (
+        lambda: nnx_(num_features=4),
+        ValueError,
+        [
+            "`num_features` is for features of shape (4,)",
+            "(3,) along `axis`, (1,)",
+            "another `axis`",
+        ],
+    ),
+    "nnx num_features that is no integer": (
+        lambda: nnx_(num_features=3.0),
+        TypeError,
+        ["`num_features` must be an integer", "3.0"],
     ),
     "tf axes out of range": (
         lambda: tf_nn.moments(X, [2]),

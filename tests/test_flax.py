@@ -57,9 +57,7 @@ def coarsest(*dtypes):
 def assert_same(got, expected, dtype, slack=1):
     """Equal in structure, shapes and dtypes, and in value as `dtype` allows."""
     tol = slack * max(2e-5, tolerance(dtype))
-    described = [
-        jax.tree.map(lambda a: (a.shape, a.dtype), t) for t in (got, expected)
-    ]
+    described = [jax.tree.map(lambda a: (a.shape, a.dtype), t) for t in (got, expected)]
     assert described[0] == described[1]
     jax.tree.map(lambda a, b: assert_close(wide(a), wide(b), tol, tol), got, expected)
 
@@ -140,9 +138,9 @@ def test_nnx(row):
             stats = nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
             return loss(y), (y, stats)
 
-        (_, out), (dparams, dx) = jax.jit(
-            jax.value_and_grad(f, (0, 1), has_aux=True)
-        )(params, x)
+        (_, out), (dparams, dx) = jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))(
+            params, x
+        )
         return *out, (nnx.to_pure_dict(dparams), dx)
 
     (y, stats, grads), (y_flax, stats_flax, grads_flax) = map(train, (ours, theirs))

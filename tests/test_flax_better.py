@@ -216,12 +216,12 @@ class TestComplex:
         layer = OURS(False)
         variables = layer.init(jax.random.key(0), self.x)
         y, new = layer.apply(variables, x, mutable=["batch_stats"])
-        for y, mean in [
+        for out, mean in [
             (module(x), module.mean[...]),
             (y, new["batch_stats"]["mean"]),
         ]:
-            assert y.dtype == mean.dtype == jnp.complex64
-            assert_close(y, expected, 1e-5, 1e-5)
+            assert out.dtype == mean.dtype == jnp.complex64
+            assert_close(out, expected, 1e-5, 1e-5)
             assert_close(mean, 0.01 * m.mean[0], 1e-5, 1e-7)
 
     def test_complex_input_for_real_statistics_is_refused(self):

@@ -50,7 +50,9 @@ def block(cls, **options):
         @nn.compact
         def __call__(self, x):
             x = nn.Dense(3)(x)
-            return nn.relu(cls(False, scale_init=nn.initializers.normal(), **options)(x))
+            return nn.relu(
+                cls(False, scale_init=nn.initializers.normal(), **options)(x)
+            )
 
     return Block
 

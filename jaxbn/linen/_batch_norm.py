@@ -89,9 +89,10 @@ class BatchNorm(nn.BatchNorm):
         Returns:
           An array of the shape of `x`.
         """
-        training = not nn.merge_param(
+        use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
+        training = _flax_fields.is_training(use_running_average)
         initializing = self.is_initializing()
         x = _flax_fields.as_inexact(x)
         axes = _flax_fields.feature_axes(self.axis, x.ndim)

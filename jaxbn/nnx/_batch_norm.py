@@ -146,13 +146,14 @@ class BatchNorm(nnx.BatchNorm):
         Returns:
           An array of the shape of `x`.
         """
-        training = not first_from(
+        use_running_average = first_from(
             use_running_average,
             self.use_running_average,
             error_msg="`use_running_average` was given neither to the constructor of "
             "BatchNorm nor to the call. Pass True (inference) or False (training), or "
             "call `train()` or `eval()` on the model.",
         )
+        training = _flax_fields.is_training(use_running_average)
         if callable(self.momentum) and self.step is None:
             raise ValueError(
                 "`momentum` became a function of the step after the module was made, "
