@@ -9,10 +9,12 @@ JOBS ?= 2
 INSTALLED := $(VENV)/.installed
 OUT ?= out/digits
 TESTS ?= tests
+# Plain torch brings gigabytes of CUDA.
+PEERS ?= '.[peers]' torch==2.13.0+cpu
 # Documents whose examples are run.
 PAGES := README.md
 
-.PHONY: help demo demo-small test test-all lint format types doctest figures check clean
+.PHONY: help demo demo-small test test-all lint format types doctest figures check clean peers
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,6 +46,9 @@ lint: $(INSTALLED)  ## Check style and format.
 format: $(INSTALLED)  ## Mend style and format.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+peers: $(INSTALLED)  ## Install the libraries to compare with; tests that need one run then.
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PEERS)
 
 types: $(INSTALLED)  ## Check types.
 	$(BIN)/pyright --pythonpath $(BIN)/python

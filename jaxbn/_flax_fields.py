@@ -38,7 +38,7 @@ def is_training(use_running_average: Any) -> bool:
     if isinstance(use_running_average, jax.core.Tracer):
         raise TypeError(
             "`use_running_average` must be a Python bool, got a traced value. It "
-            " chooses between two programs: close over it, or mark it static "
+            "chooses between two programs: close over it, or mark it static "
             "(`jax.jit(..., static_argnames='use_running_average')`)."
         )
     return not use_running_average
@@ -73,9 +73,9 @@ def require_features(
     """Refuses an `x` of other features than the module has."""
     if shape != _axes.lengths(x, axes):
         raise ValueError(
-            f"`{name}` is for features of shape {shape}, but `x` of shape {x.shape} has "
-            f"{_axes.lengths(x, axes)} along `axis`, {axes}. Make the module for these "
-            "features, or name another `axis`."
+            f"`{name}` is for features of shape {shape}, but `x` of shape {x.shape} "
+            f"has {_axes.lengths(x, axes)} along `axis`, {axes}. Make the module for "
+            "these features, or name another `axis`."
         )
 
 

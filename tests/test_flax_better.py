@@ -1,5 +1,7 @@
 """Where Flax's batch norm is wrong: its modules and these, side by side."""
 
+import warnings
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -75,6 +77,37 @@ def test_a_batch_that_is_all_masked(fast):
         assert np.all(module.var[...] == 1) == right
 
 
+@pytest.mark.parametrize("cls", [OURS, FLAX])
+def test_nan_under_the_mask(cls):
+    x = numbers((5, 3), "float32").at[0].set(jnp.nan)
+    mask = (jnp.arange(5) > 0)[:, None]
+    layer = cls(False)
+    variables = layer.init(jax.random.key(0), x)
+
+    def loss(params, x):
+        given = {**variables, "params": params}
+        y, _ = layer.apply(given, x, mask=mask, mutable=["batch_stats"])
+        return jnp.sum(jnp.where(mask, y, 0) ** 3)
+
+    grads = jax.grad(loss, (0, 1))(variables["params"], x)
+    finite = [bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads)]
+    assert all(finite) == (cls is OURS)
+
+
+def test_groups_of_devices():
+    x = numbers((8, 2, 3), "float32")
+    groups = ((0, 1, 2), (3, 4, 5, 6, 7))
+    run = lambda cls: jax.vmap(
+        lambda x: running_stats(cls, x, axis_name="i", axis_index_groups=groups)["var"],
+        axis_name="i",
+    )(x)
+    ours = run(OURS)
+    assert_close(ours[0], x[:3].reshape(6, 3).var(0), 1e-5)
+    assert_close(ours[7], x[3:].reshape(10, 3).var(0), 1e-5)
+    with pytest.raises(NotImplementedError):
+        run(FLAX)
+
+
 @pytest.mark.parametrize("mean", [1e3, 1e4])
 def test_variance_when_warm(mean):
     x = numbers((256, 4), "float32", mean=mean, std=1.0)
@@ -107,13 +140,23 @@ def test_state_keeps_its_dtype_through_a_scan(x64):
         train(FLAX)
 
 
-def test_evaluation_in_bfloat16_has_statistics_in_float32():
+def round_all(args, *, dtype):
+    """A `promote_dtype` that rounds what it is given."""
+    return tuple(a if a is None else a.astype(jnp.bfloat16) for a in args)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"dtype": jnp.bfloat16}, {"dtype": jnp.bfloat16, "promote_dtype": round_all}],
+    ids=["dtype", "promote_dtype"],
+)
+def test_evaluation_in_bfloat16_has_statistics_in_float32(options):
     x = numbers((512, 8), "float32", mean=20.0, std=1.0)
     truth = oracle.moments(wide(x), (0,))
     expected = oracle.normalize(wide(x.astype(jnp.bfloat16)), truth.mean, truth.var)
     errors = []
     for cls in (jaxbn.nnx.BatchNorm, nnx.BatchNorm):
-        module = cls(8, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+        module = cls(8, **options, rngs=nnx.Rngs(0))
         module.mean[...] = jnp.asarray(truth.mean[0], jnp.float32)
         module.var[...] = jnp.asarray(truth.var[0], jnp.float32)
         module.eval()
@@ -122,6 +165,16 @@ def test_evaluation_in_bfloat16_has_statistics_in_float32():
         errors.append(np.max(np.abs(wide(y) - expected)))
     ours, flax = errors
     assert ours < 0.01 < 4 * 0.01 < flax
+
+
+def test_sums_are_in_float32_where_the_state_is_narrow():
+    x = numbers((4096, 4), "bfloat16", mean=20.0, std=1.0)
+    truth = oracle.moments(wide(x), (0,)).var[0]
+    options = {"force_float32_reductions": False, "param_dtype": jnp.bfloat16}
+    ours, flax = (running_stats(cls, x, **options)["var"] for cls in (OURS, FLAX))
+    assert ours.dtype == jnp.bfloat16
+    assert_close(wide(ours), truth, 1e-2)
+    assert np.max(np.abs(wide(flax) / truth - 1)) > 0.1
 
 
 @pytest.mark.parametrize("kind", ["int32", "float32"])
@@ -193,6 +246,10 @@ class TestComplex:
         assert_close(module(self.x), y, 1e-5, 1e-6)
         with pytest.raises(TypeError, match=r"imaginary.*param_dtype=jnp.complex64"):
             jaxbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0))(self.x)
+        flax = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+        with warnings.catch_warnings(action="ignore"):
+            flax(self.x)
+        assert flax.mean[...].dtype == jnp.float32
 
     @pytest.mark.parametrize("given", ["param_dtype", "dtype"])
     @pytest.mark.parametrize("inference", [True, False])

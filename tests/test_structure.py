@@ -73,6 +73,7 @@ def public():
     modules = {
         "jaxbn": jaxbn,
         "jaxbn.layers": jaxbn.layers,
+        "jaxbn.interop.optax": jaxbn.interop.optax,
         "jaxbn.interop.tf_nn": jaxbn.interop.tf_nn,
         "jaxbn.linen": jaxbn.linen,
         "jaxbn.nnx": jaxbn.nnx,

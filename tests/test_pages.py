@@ -1,0 +1,32 @@
+"""The pages in docs/: what they show is run."""
+
+import doctest
+import pathlib
+
+import jax
+import pytest
+
+DOCS = pathlib.Path(__file__).parents[1] / "docs"
+# Pages whose examples are in a library that need not be installed.
+NEEDS = {"recipes/haiku.md": "haiku", "recipes/equinox.md": "equinox"}
+PAGES = [
+    str(page.relative_to(DOCS))
+    for page in sorted(DOCS.rglob("*.md"))
+    if ">>> " in page.read_text()
+]
+
+
+def test_there_are_pages():
+    assert {*NEEDS, "recipes/plain_jax.md", "flax.md"} <= set(PAGES)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_page(page):
+    if page in NEEDS:
+        pytest.importorskip(NEEDS[page], reason="`make peers` installs it")
+    with jax.numpy_rank_promotion("allow"):  # as everywhere but in these tests
+        result = doctest.testfile(
+            str(DOCS / page), module_relative=False, optionflags=doctest.ELLIPSIS
+        )
+    assert result.attempted > 0
+    assert result.failed == 0
