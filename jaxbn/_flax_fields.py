@@ -10,10 +10,9 @@ from jaxbn import _axes, _dtypes, _mesh, layers
 from jaxbn._running_stats import RunningStats
 
 
-def standard(module: Any, **fixed: Any) -> layers.Layer:
-    """`layers.standard` as the fields of a module say, but for `fixed`."""
+def standard(module: Any, **given: Any) -> layers.Layer:
+    """`layers.standard` as the fields of a module say, and before them `given`."""
     options = {
-        "feature_axes": module.axis,
         "momentum": module.momentum,
         "epsilon": module.epsilon,
         "use_scale": module.use_scale,
@@ -24,7 +23,7 @@ def standard(module: Any, **fixed: Any) -> layers.Layer:
         "axis_index_groups": module.axis_index_groups,
         "derivatives": module.derivatives,
     }
-    return layers.standard(**(options | fixed))
+    return layers.standard(**(options | given))
 
 
 def hashable(axis, axis_name, axis_index_groups) -> tuple:
