@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxbn import _axes, _dtypes, _mesh, layers
@@ -34,7 +35,7 @@ def hashable(axis, axis_name, axis_index_groups) -> tuple:
 
 def is_training(use_running_average: Any) -> bool:
     """Not `use_running_average`, refused where it is not known while tracing."""
-    if isinstance(use_running_average, jax.core.Tracer):
+    if isinstance(use_running_average, Tracer):
         raise TypeError(
             "`use_running_average` must be a Python bool, got a traced value. It "
             "chooses between two programs: close over it, or mark it static "
