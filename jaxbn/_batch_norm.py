@@ -206,11 +206,11 @@ def _vjp_form_bwd(static: _Static, residuals, c):
         if operand is None:
             return None
         ct = _mesh.cotangent_like(operand, here, everywhere, static.axis_name)
-        return _cast_like(ct, operand)
+        return _cotangent(ct, operand)
 
     dscale = vector(scale, local[1] * inv, total[1] * inv)
     dbias = vector(bias, local[0], total[0])
-    return _cast_like(dx, x), dscale, dbias, None
+    return _cotangent(dx, x), dscale, dbias, None
 
 
 _vjp_form.defvjp(_vjp_form_fwd, _vjp_form_bwd)
@@ -260,6 +260,7 @@ def _prepare(static: _Static, x, dx, scale, given: _Given):
     return x, dx, expand, inv, k, divisor(given.count)
 
 
-def _cast_like(array: jax.Array, like: jax.Array) -> jax.Array:
-    """Cast to the dtype of `like`; the real part where that is real."""
-    return (array if jnp.iscomplexobj(like) else array.real).astype(like.dtype)
+def _cotangent(array: jax.Array, operand: jax.Array) -> jax.Array:
+    """In the type of the operand; the real part where that is real."""
+    array = array if jnp.iscomplexobj(operand) else array.real
+    return _mesh.shard_like(array.astype(operand.dtype), operand)

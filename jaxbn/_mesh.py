@@ -45,6 +45,7 @@ def all_sum(
     if axis_name is None:
         return list(sums)
     flat = jnp.concatenate([jnp.ravel(part) for s in sums for part in _real_parts(s)])
+    flat = _vary_over_all(flat, axis_name)
     if axis_index_groups is None:
         flat = lax.psum(flat, axis_name)
     else:
@@ -66,6 +67,14 @@ def vary_like(array: jax.Array, *like: jax.Array | None) -> jax.Array:
     wanted = frozenset().union(*(_varying(a) for a in like if a is not None))
     missing = tuple(sorted(wanted - _varying(array)))
     return lax.pcast(array, missing, to="varying") if missing else array
+
+
+def shard_like(array: jax.Array, operand: jax.Array) -> jax.Array:
+    """`array` in the sharding of `operand`, where meshes are explicit: by its type."""
+    wanted = jax.typeof(operand).sharding
+    if jax.typeof(array).sharding.spec == wanted.spec:
+        return array
+    return jax.sharding.reshard(array, wanted)
 
 
 def require_same_on_all(name: str, array: jax.Array, axis_name: AxisName | None):
@@ -105,15 +114,40 @@ def _size(name: str) -> int:
     try:
         return lax.axis_size(name)
     except NameError as error:
+        bound = ", ".join(map(repr, _bound())) or "no axis"
         raise NameError(
-            f"`axis_name` has {name!r}, which is not bound here. Name an axis of the "
-            "`jax.shard_map`, `jax.pmap` or `jax.vmap` around this call, or leave it "
-            "out: under plain `jax.jit`, statistics of a sharded batch are global."
+            f"`axis_name` has {name!r}, which is not bound here ({bound} is). Name an "
+            "axis of the `jax.shard_map`, `jax.pmap` or `jax.vmap` around this call, "
+            "or leave it out: under plain `jax.jit`, statistics of a sharded batch are "
+            "global."
         ) from error
+
+
+def _bound() -> tuple:
+    """The names of the mapped axes around this call."""
+    try:  # JAX has no public function that knows those of vmap too.
+        from jax._src.core import get_axis_env
+
+        return tuple(get_axis_env().axis_names())
+    except (ImportError, AttributeError):
+        return tuple(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def _varying(array: jax.Array) -> frozenset:
     return frozenset(jax.typeof(array).manual_axis_type.varying)
+
+
+def _vary_over_all(array: jax.Array, axis_name: AxisName) -> jax.Array:
+    """`array`, marked as varying over all of the names if it is over one of them.
+
+    A psum takes only what varies over all of its axes, or over none.
+    """
+    names, varying = frozenset(_names(axis_name)), _varying(array)
+    if not names & varying:
+        return array
+    manual = frozenset(jax.sharding.get_abstract_mesh().manual_axes)
+    missing = tuple(sorted((names & manual) - varying))
+    return lax.pcast(array, missing, to="varying") if missing else array
 
 
 def _group_sum(flat: jax.Array, axis_name: AxisName, groups: Groups) -> jax.Array:
