@@ -15,6 +15,8 @@ from jaxbn._moments import Moments as Moments
 from jaxbn._moments import merge_moments as merge_moments
 from jaxbn._moments import moments as moments
 from jaxbn._normalize import normalize as normalize
+from jaxbn._replicated import assert_replicated as assert_replicated
+from jaxbn._replicated import sync_stats as sync_stats
 from jaxbn._running_stats import RunningStats as RunningStats
 from jaxbn._running_stats import cumulative as cumulative
 from jaxbn._running_stats import debiased as debiased

@@ -20,6 +20,7 @@ FLOORS = [
     {"_moments", "_normalize"},
     {"_batch_norm"},
     {"_running_stats"},
+    {"_replicated"},
     {"layers"},
     {"_flax_fields"},
     {"linen", "nnx", "population", "folding", "interop"},
@@ -108,6 +109,7 @@ def test_the_list_of_public_names():
         for name in (
             "Moments",
             "RunningStats",
+            "assert_replicated",
             "batch_norm",
             "cumulative",
             "debiased",
@@ -115,6 +117,7 @@ def test_the_list_of_public_names():
             "merge_moments",
             "moments",
             "normalize",
+            "sync_stats",
             "update",
         )
     }

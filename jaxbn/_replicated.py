@@ -1,0 +1,175 @@
+"""State that is to be the same on every device: made so, and checked."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+from jax.experimental import multihost_utils
+
+from jaxbn import _mesh
+from jaxbn._moments import moments
+from jaxbn._running_stats import RunningStats
+
+
+def sync_stats(stats: Any, axis_name: _mesh.AxisName) -> Any:
+    """Pools running statistics that every device has tracked for itself.
+
+        mean = E[meanₖ]      var = E[varₖ] + E[|meanₖ − mean|²]      over devices k
+
+    This is the law of total variance: the moments of all that the devices have seen, if
+    each has seen as much as the others. Devices that have made no update do not count.
+
+    It is not what training with `axis_name` would have tracked. There the variance of
+    each batch is that of the whole batch; here it is that of the parts, whose means
+    differ from batch to batch, averaged over time before they are compared. Normalizing
+    by the statistics of a part is another network besides.
+
+    Args:
+      stats: `RunningStats`, or a tree of dicts and lists that holds them or Flax's
+        `batch_stats` (dicts with "mean" and "var", and maybe "step").
+      axis_name: Name or names of mapped axes to pool over.
+
+    Returns:
+      The same tree with the same dtypes, equal on every device. `step` is that of the
+      device with the most updates.
+
+    Raises:
+      NameError: `axis_name` is not bound.
+      TypeError: The tree has a leaf that belongs to no mean and variance.
+
+    Example:
+      >>> import jax, jaxbn, jax.numpy as jnp
+      >>> def track(x):
+      ...     stats = jaxbn.update(jaxbn.init_stats(1), jaxbn.moments(x), momentum=0.0)
+      ...     return jaxbn.sync_stats(stats, "devices")
+      >>> x = jnp.array([[1.0, 3.0], [5.0, 7.0]])[:, :, None]  # two devices
+      >>> print(jax.vmap(track, axis_name="devices")(x).var[:, 0])
+      [5. 5.]
+
+    References:
+      https://en.wikipedia.org/wiki/Law_of_total_variance
+    """
+    _mesh.require_bound(axis_name)
+    if isinstance(stats, RunningStats):
+        return RunningStats(**_pooled(stats._asdict(), axis_name))
+    if isinstance(stats, Mapping):
+        if {"mean", "var"} <= set(stats) <= {"mean", "var", "step"}:
+            return _pooled(stats, axis_name)
+        return {name: sync_stats(part, axis_name) for name, part in stats.items()}
+    if type(stats) in (list, tuple):
+        return type(stats)(sync_stats(part, axis_name) for part in stats)
+    raise TypeError(
+        f"`stats` has {type(stats).__name__} where running statistics were expected. "
+        "Pass `RunningStats`, Flax's `batch_stats`, or dicts and lists of these."
+    )
+
+
+def assert_replicated(tree: Any, *, stacked: bool = False) -> None:
+    """Asserts that every array of a tree is the same on every device, bit for bit.
+
+    An array may say that it is replicated and yet hold another value on each device:
+    `jax.shard_map` with `check_vma=False` believes its `out_specs`. Statistics that
+    were not synchronized come out of it like that, and checkpoints keep one device's.
+
+    Args:
+      tree: Any tree of concrete arrays: parameters, running statistics. With several
+        processes every one of them must call this with its own view of the same tree.
+      stacked: Whether arrays have a first axis of devices, as `jax.pmap` and `jax.vmap`
+        return them; then all rows must be equal.
+
+    Raises:
+      AssertionError: A leaf is sharded, or differs between devices; the message names
+        the first such leaf and the devices that differ from the first one.
+      TypeError: A leaf is traced.
+
+    Example:
+      >>> import jax, jaxbn, jax.numpy as jnp
+      >>> jaxbn.assert_replicated(jaxbn.init_stats(3))
+      >>> jaxbn.assert_replicated(jnp.array([[1.0], [1.0]]), stacked=True)
+
+    References:
+      https://docs.jax.dev/en/latest/notebooks/shard_map.html
+    """
+    leaves = [
+        (f"tree{jax.tree_util.keystr(path)}", leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+    tables = [_digests(_copies(name, leaf, stacked)) for name, leaf in leaves]
+    if jax.process_count() > 1:
+        tables = _of_all_processes(tables)
+    what = "rows" if stacked else "devices"
+    for (name, _), table in zip(leaves, tables, strict=True):
+        differ = [int(i) for i, *d in table if d != list(table[0][1:])]
+        if differ:
+            raise AssertionError(
+                f"`{name}` is not the same everywhere: {what} {differ} differ from "
+                f"{table[0][0]}. Synchronize it where it is computed (`axis_name`), or "
+                "afterwards (`sync_stats`, `lax.pmean`)."
+            )
+
+
+def _pooled(stats: Mapping[str, jax.Array], axis_name: _mesh.AxisName) -> dict:
+    # A device that has updated nothing has the initial values, which are no data; where
+    # that is all of them, their average is the initial values again.
+    weight, pooled = jnp.ones(()), {}
+    if "step" in stats:
+        pooled["step"] = lax.pmax(stats["step"], axis_name)
+        counts = (stats["step"] > 0) | (pooled["step"] == 0)
+        weight = jnp.where(counts, 1.0, 0.0)
+
+    def over_devices(vector):
+        features = tuple(range(1, vector.ndim + 1))
+        return moments(
+            vector[None],
+            feature_axes=features,
+            weights=jnp.expand_dims(weight, (0, *features)),
+            axis_name=axis_name,
+        )
+
+    between, within = over_devices(stats["mean"]), over_devices(stats["var"])
+    pooled |= {"mean": between.mean, "var": within.mean + between.var}
+    return {name: pooled[name].astype(old.dtype) for name, old in stats.items()}
+
+
+def _copies(name: str, leaf: Any, stacked: bool) -> dict[int, np.ndarray]:
+    """What this process has, by the device's id or the row's number."""
+    if isinstance(leaf, Tracer):
+        raise TypeError(f"`{name}` is traced. Call this outside of `jax.jit`.")
+    if not isinstance(leaf, jax.Array):
+        return dict(enumerate(np.asarray(leaf))) if stacked else {0: np.asarray(leaf)}
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    if not stacked and not leaf.sharding.is_fully_replicated:
+        raise AssertionError(
+            f"`{name}` is sharded ({leaf.sharding}), not replicated. Leave it out, or "
+            "gather it first."
+        )
+    copies = {}
+    for shard in leaf.addressable_shards:
+        if stacked:
+            first = shard.index[0].start or 0
+            copies |= dict(enumerate(np.asarray(shard.data), first))
+        else:
+            copies[shard.device.id] = np.asarray(shard.data)
+    return copies
+
+
+def _digests(copies: dict[int, np.ndarray]) -> np.ndarray:
+    """A row per copy: its number, then a hash of its bytes."""
+    return np.array(
+        [
+            [i, *np.frombuffer(hashlib.sha256(copy.tobytes()).digest(), np.uint32)]
+            for i, copy in copies.items()
+        ],
+        np.uint32,
+    )
+
+
+def _of_all_processes(tables: list[np.ndarray]) -> list[np.ndarray]:
+    gathered = multihost_utils.process_allgather(tables)
+    return [np.asarray(table).reshape(-1, table.shape[-1]) for table in gathered]
