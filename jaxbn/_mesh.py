@@ -41,16 +41,18 @@ def all_sum(
     axis_name: AxisName | None,
     axis_index_groups: Groups | None = None,
 ) -> list[jax.Array]:
-    """Each array summed over the devices, all of them by one real all-reduce."""
+    """Each array summed over the devices, those of one type by one real all-reduce."""
     if axis_name is None:
         return list(sums)
-    flat = jnp.concatenate([jnp.ravel(part) for s in sums for part in _real_parts(s)])
-    flat = _vary_over_all(flat, axis_name)
-    if axis_index_groups is None:
-        flat = lax.psum(flat, axis_name)
-    else:
-        flat = _group_sum(flat, axis_name, axis_index_groups)
-    return _unravel(flat, sums)
+    # Arrays that differ along other axes too (sharded features) are summed apart from
+    # those that do not (the count): stacked, the count would take on their type.
+    kinds = [_varying(s) - frozenset(_names(axis_name)) for s in sums]
+    found: dict[int, jax.Array] = {}
+    for kind in dict.fromkeys(kinds):
+        own = [i for i, k in enumerate(kinds) if k == kind]
+        total = _stacked_sum([sums[i] for i in own], axis_name, axis_index_groups)
+        found |= dict(zip(own, total, strict=True))
+    return [found[i] for i in range(len(sums))]
 
 
 def hashable(axis_name, axis_index_groups) -> tuple:
@@ -148,6 +150,16 @@ def _vary_over_all(array: jax.Array, axis_name: AxisName) -> jax.Array:
     manual = frozenset(jax.sharding.get_abstract_mesh().manual_axes)
     missing = tuple(sorted((names & manual) - varying))
     return lax.pcast(array, missing, to="varying") if missing else array
+
+
+def _stacked_sum(sums, axis_name, axis_index_groups) -> list[jax.Array]:
+    flat = jnp.concatenate([jnp.ravel(part) for s in sums for part in _real_parts(s)])
+    flat = _vary_over_all(flat, axis_name)
+    if axis_index_groups is None:
+        flat = lax.psum(flat, axis_name)
+    else:
+        flat = _group_sum(flat, axis_name, axis_index_groups)
+    return _unravel(flat, sums)
 
 
 def _group_sum(flat: jax.Array, axis_name: AxisName, groups: Groups) -> jax.Array:
