@@ -191,12 +191,13 @@ def _vjp_form_bwd(static: _Static, residuals, c):
     x, scale, bias, given = residuals
     wide, c, expand, inv, k, n = _prepare(static, x, c, scale, given)
     local = _sums.cotangent_sums(c, wide + expand(-given.mean), static.feature_axes)
-    # k is summed with c, because scale may differ between the devices.
-    sum_kc, sum_kc_delta, *total = _mesh.all_sum(
-        (k * local[0], (k * local[1]).real, *local),
-        static.axis_name,
-        static.axis_index_groups,
-    )
+    over = static.axis_name, static.axis_index_groups
+    if _mesh.same_on_all(k, x, static.axis_name):
+        total = _mesh.all_sum(local, *over)
+        sum_kc, sum_kc_delta = k * total[0], (k * total[1]).real
+    else:  # Scale may differ between the devices: k is summed with c.
+        with_k = k * local[0], (k * local[1]).real
+        sum_kc, sum_kc_delta, *total = _mesh.all_sum((*with_k, *local), *over)
     c0 = -sum_kc / n
     c1 = -jnp.square(inv) * sum_kc_delta / n
     through_moments = (wide - expand(given.mean)).conj() * expand(c1) + expand(c0)

@@ -90,6 +90,15 @@ def require_same_on_all(name: str, array: jax.Array, axis_name: AxisName | None)
         )
 
 
+def same_on_all(array: jax.Array, local: jax.Array, axis_name: AxisName | None) -> bool:
+    """Whether `array` is known, by its type, to be the same along the axes.
+
+    Types tell only where they say of `local`, which differs along them, that it does.
+    """
+    names = frozenset(_names(axis_name))
+    return names <= _varying(local) and not names & _varying(array)
+
+
 def cotangent_like(
     operand: jax.Array, local: jax.Array, total: jax.Array, axis_name: AxisName | None
 ) -> jax.Array:
