@@ -1,5 +1,6 @@
 """What the linen and the nnx module share: from Flax's fields to a layer."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -21,7 +22,8 @@ def standard(module: Any, **given: Any) -> layers.Layer:
         "use_fast_variance": module.use_fast_variance,
         "unbiased": module.unbiased,
         "axis_name": module.axis_name,
-        "axis_index_groups": module.axis_index_groups,
+        # Flax ignores groups of no axis: one switch turns synchronizing off.
+        "axis_index_groups": module.axis_name and module.axis_index_groups,
         "derivatives": module.derivatives,
     }
     return layers.standard(**(options | given))
@@ -29,7 +31,7 @@ def standard(module: Any, **given: Any) -> layers.Layer:
 
 def hashable(axis, axis_name, axis_index_groups) -> tuple:
     """Lists as tuples: a module is hashed where it is static to a compiled function."""
-    axis = tuple(axis) if isinstance(axis, list) else axis
+    axis = tuple(axis) if isinstance(axis, Iterable) else axis
     return axis, *_mesh.hashable(axis_name, axis_index_groups)
 
 
@@ -63,7 +65,7 @@ def as_inexact(x: Any) -> jax.Array:
 
 def feature_axes(axis: _axes.Axes, ndim: int) -> tuple[int, ...]:
     """`axis` as `feature_axes`; naming an axis twice is naming it, as in Flax."""
-    each = axis if isinstance(axis, (tuple, list)) else (axis,)
+    each = axis if isinstance(axis, Iterable) else (axis,)
     return tuple(sorted({_axes.canonical(a, ndim, "axis")[0] for a in each}))
 
 

@@ -82,6 +82,9 @@ def assert_replicated(tree: Any, *, stacked: bool = False) -> None:
       stacked: Whether arrays have a first axis of devices, as `jax.pmap` and `jax.vmap`
         return them; then all rows must be equal.
 
+    Returns:
+      Nothing.
+
     Raises:
       AssertionError: A leaf is sharded, or differs between devices; the message names
         the first such leaf and the devices that differ from the first one.

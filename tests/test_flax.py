@@ -209,24 +209,63 @@ def test_nnx_metadata():
     assert ours.scale.tag == "γ"
 
 
-@pytest.mark.parametrize("twice", [(-1, 2), (1, -2, 1)])
-def test_an_axis_named_twice_is_named(twice):
+@pytest.mark.parametrize(
+    "axis",
+    [(-1, 2), (1, -2, 1), range(1, 3), np.array([1, 2]), {2, 1}],
+    ids=["twice", "thrice", "range", "array", "set"],
+)
+def test_an_axis_however_named(axis):
     x = numbers((4, 5, 3), "float32")
-    ours, theirs = (c(False, axis=twice) for c in (jaxbn.linen.BatchNorm, nn.BatchNorm))
+    ours, theirs = (c(False, axis=axis) for c in (jaxbn.linen.BatchNorm, nn.BatchNorm))
     made = [m.init_with_output(jax.random.key(0), x) for m in (ours, theirs)]
     assert_same(*made, "float32")
 
 
-def test_integers_come_in():
-    x = jnp.arange(12).reshape(4, 3)
-    ours, theirs = (cls(False) for cls in (jaxbn.linen.BatchNorm, nn.BatchNorm))
-    made = [m.init_with_output(jax.random.key(0), x) for m in (ours, theirs)]
-    assert_same(*made, "float32")
-    x = np.arange(12).reshape(4, 3)
-    assert_same(
-        *(c(3, rngs=nnx.Rngs(0))(x) for c in (jaxbn.nnx.BatchNorm, nnx.BatchNorm)),
-        "float32",
+@pytest.mark.parametrize("dtype", ["int32", "int8", "bool"])
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+def test_integers_come_in(dtype, param_dtype):
+    x = (np.arange(12).reshape(4, 3) % 5).astype(dtype)
+    ours, theirs = (
+        cls(False, param_dtype=param_dtype)
+        for cls in (jaxbn.linen.BatchNorm, nn.BatchNorm)
     )
+    made = [m.init_with_output(jax.random.key(0), x) for m in (ours, theirs)]
+    assert_same(*made, made[0][0].dtype)
+    ours, theirs = (
+        cls(3, param_dtype=param_dtype, rngs=nnx.Rngs(0))(x)
+        for cls in (jaxbn.nnx.BatchNorm, nnx.BatchNorm)
+    )
+    assert_same(ours, theirs, ours.dtype)
+
+
+def test_nnx_parameters_may_go_after_construction():
+    x = numbers((6, 3), "float32")
+    outs = []
+    for cls in (jaxbn.nnx.BatchNorm, nnx.BatchNorm):
+        module = cls(3, rngs=nnx.Rngs(0))
+        module.scale = nnx.data(None)
+        wider = cls(5, rngs=nnx.Rngs(0))
+        for name in ("mean", "var", "scale", "bias"):
+            variable = getattr(wider, name)
+            variable.set_value(variable[...][:3])
+        outs.append((module(x), wider(x)))
+    assert_same(*outs, "float32")
+
+
+def test_groups_of_no_axis_are_ignored():
+    x = numbers((6, 3), "float32")
+    groups = [[0], [1]]
+    outs = [
+        (
+            c(False, axis_index_groups=groups).init_with_output(jax.random.key(0), x),
+            d(3, axis_index_groups=groups, rngs=nnx.Rngs(0))(x),
+        )
+        for c, d in (
+            (jaxbn.linen.BatchNorm, jaxbn.nnx.BatchNorm),
+            (nn.BatchNorm, nnx.BatchNorm),
+        )
+    ]
+    assert_same(*outs, "float32")
 
 
 @pytest.mark.parametrize("where", ["constructor", "call"])

@@ -120,6 +120,34 @@ def test_variance_when_warm(mean):
     assert error(running_stats(OURS, x)) > 1e-3
 
 
+@pytest.mark.parametrize("far", [10, 100])
+def test_variance_far_from_the_running_mean(far):
+    """What docs/flax.md says of it."""
+    x = numbers((4096, 4), "float32", mean=0.0, std=1.0)
+    layer = OURS(False, momentum=0.0)
+    variables = layer.init(jax.random.key(0), x)
+    variables["batch_stats"]["mean"] += far
+    _, new = layer.apply(variables, x, mutable=["batch_stats"])
+    truth = oracle.moments(wide(x), (0,)).var[0]
+    assert_close(new["batch_stats"]["var"], truth, 3e-7 * (1 + far**2))
+
+
+@pytest.mark.parametrize("cls", [OURS, FLAX])
+def test_statistics_restored_narrow_are_widened(cls):
+    x = numbers((64, 3), "float32", mean=5.0)
+    layer = cls(False)
+    variables = layer.init(jax.random.key(0), x)
+    variables["batch_stats"] = jax.tree.map(
+        lambda a: np.asarray(a.astype(jnp.bfloat16)), variables["batch_stats"]
+    )
+    step = jax.jit(lambda v: layer.apply(v, x, mutable=["batch_stats"])[1])
+    for _ in range(600):
+        variables = {**variables, **step(variables)}
+    stats = variables["batch_stats"]
+    assert stats["mean"].dtype == stats["var"].dtype == jnp.float32
+    assert_close(stats["mean"], x.mean(0), 5e-3)
+
+
 def test_state_keeps_its_dtype_through_a_scan(x64):
     xs = numbers((4, 8, 3), "float64")
 
@@ -203,6 +231,7 @@ def test_masks_may_be_frequencies():
 
 @pytest.mark.parametrize("axis", [(1, 3), [-1, 1]])
 def test_nnx_with_several_feature_axes(axis):
+    assert jaxbn.nnx.BatchNorm(np.int64(3), rngs=nnx.Rngs(0)).num_features == 3
     x = numbers((6, 4, 5, 3), "float32")
     key = nnx.initializers.normal(1.0)
     module = jaxbn.nnx.BatchNorm((4, 3), axis=axis, scale_init=key, rngs=nnx.Rngs(0))
@@ -246,6 +275,8 @@ class TestComplex:
         assert_close(module(self.x), y, 1e-5, 1e-6)
         with pytest.raises(TypeError, match=r"imaginary.*param_dtype=jnp.complex64"):
             jaxbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0))(self.x)
+        with pytest.raises(TypeError, match=r"imaginary.*param_dtype=jnp.complex64"):
+            jaxbn.nnx.BatchNorm(3, dtype=complex, rngs=nnx.Rngs(0))(self.x.real)
         flax = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
         with warnings.catch_warnings(action="ignore"):
             flax(self.x)

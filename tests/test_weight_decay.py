@@ -10,6 +10,7 @@ import optax
 import pytest
 from data import assert_close
 from flax import nnx
+from flax.traverse_util import flatten_dict
 
 import jaxbn
 
@@ -74,3 +75,11 @@ def test_trees_without_names():
     mask = jaxbn.interop.optax.weight_decay_mask
     assert mask(1.0) is True
     assert mask([1.0, (2.0,)]) == [True, (True,)]
+
+
+def test_flattened_trees():
+    mask = jaxbn.interop.optax.weight_decay_mask
+    params = linen_params()
+    for sep in (None, "/", "."):
+        flat = flatten_dict(params, sep=sep)
+        assert mask(flat) == flatten_dict(mask(params), sep=sep)

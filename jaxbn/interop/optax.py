@@ -15,7 +15,8 @@ def weight_decay_mask(params: Any) -> Any:
 
     Args:
       params: The parameters: a tree of dicts, lists and dataclasses, as linen, jaxbn's
-        layers, haiku and equinox make them, or an `nnx.State`.
+        layers, haiku and equinox make them, an `nnx.State`, or one of these flattened
+        to a dict whose keys are tuples or paths ("norm/scale", "norm.scale").
 
     Returns:
       A tree like `params` with False for each leaf called "scale" or "bias", and True
@@ -38,9 +39,12 @@ def weight_decay_mask(params: Any) -> Any:
     )
 
 
-def _name(path: tuple) -> Any:
-    """The key or attribute that a leaf is kept under."""
+def _name(path: tuple) -> str:
+    """The last name on the way to a leaf, in a nested tree or a flattened one."""
     if path and path[-1] == jax.tree_util.GetAttrKey("value"):
         path = path[:-1]  # an nnx variable's array
     last = path[-1] if path else None
-    return getattr(last, "key", getattr(last, "name", None))
+    name = getattr(last, "key", getattr(last, "name", None))
+    if isinstance(name, tuple):
+        name = name[-1]
+    return str(name).replace(".", "/").rpartition("/")[2]

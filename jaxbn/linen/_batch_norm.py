@@ -24,14 +24,17 @@ class BatchNorm(nn.BatchNorm):
 
     Where it differs from Flax's: statistics over devices weigh every example alike,
     also under masks; a mask may be float weights; NaN under the mask and an empty mask
-    do no harm; statistics keep their dtype, and are never rounded to `dtype`.
+    do no harm; statistics keep their dtype, and are never rounded to `dtype`; they are
+    data, and gradients stop there. With `axis_name`, the running mean must be the same
+    on every device.
 
     Attributes:
       use_fast_variance: True (Flax's default) passes the running mean as `shift`, which
         reads `x` once and is as exact as the running mean is near. False is exact from
         the first step.
       force_float32_reductions: False gives the running statistics `param_dtype` for
-        their own dtype. Sums are accumulated in float32 or wider all the same.
+        their own dtype, in which small steps are lost if it is narrow. Sums are
+        accumulated in float32 or wider all the same.
       momentum: Weight of the old statistics. May also be a function of the number of
         updates (`jaxbn.debiased(0.99)`, an optax schedule); then `batch_stats` has a
         third leaf, `step`.
@@ -94,7 +97,7 @@ class BatchNorm(nn.BatchNorm):
         )
         training = _flax_fields.is_training(use_running_average)
         initializing = self.is_initializing()
-        x = _flax_fields.as_inexact(x)
+        given, x = x, _flax_fields.as_inexact(x)
         axes = _flax_fields.feature_axes(self.axis, x.ndim)
         features = _axes.lengths(x, axes)
         mean, var, step = self._stats(features, x.dtype, training)
@@ -108,16 +111,21 @@ class BatchNorm(nn.BatchNorm):
             scale = self.param("scale", self.scale_init, features, self.param_dtype)
         if self.use_bias:
             bias = self.param("bias", self.bias_init, features, self.param_dtype)
+        like = x if jnp.iscomplexobj(x) else given
+        alone = {"axis_name": None, "axis_index_groups": None}
         layer = _flax_fields.standard(
             self,
             feature_axes=axes,
-            dtype=canonicalize_dtype(x, scale, bias, dtype=self.dtype),
-            axis_name=None if initializing else self.axis_name,
-            axis_index_groups=None if initializing else self.axis_index_groups,
+            dtype=canonicalize_dtype(like, scale, bias, dtype=self.dtype),
+            **(alone if initializing else {}),
         )
         y, new = layer.apply(
             _flax_fields.affine(scale, bias),
-            _flax_fields.stats(mean.value, var.value, step and step.value),
+            _flax_fields.stats(
+                self._widened(mean.value),
+                self._widened(var.value),
+                step and step.value,
+            ),
             x,
             training=training,
             weights=mask,
@@ -131,7 +139,7 @@ class BatchNorm(nn.BatchNorm):
     @nn.nowrap
     def _stats(self, features: tuple[int, ...], x_dtype, training: bool):
         """The variables of `batch_stats`: mean, var, and step or None."""
-        dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
+        dtype = self._stats_dtype()
         if jnp.issubdtype(x_dtype, jnp.complexfloating):
             dtype = jnp.promote_types(dtype, jnp.complex64)
 
@@ -155,3 +163,17 @@ class BatchNorm(nn.BatchNorm):
                 "Add `step`, an int32 scalar, the number of updates so far."
             )
         return mean, var, self.variable("batch_stats", "step", initial, "step")
+
+    @nn.nowrap
+    def _stats_dtype(self) -> Any:
+        return jnp.float32 if self.force_float32_reductions else self.param_dtype
+
+    @nn.nowrap
+    def _widened(self, statistic: ArrayLike) -> jax.Array:
+        """A statistic that was restored in a narrower dtype, in the one it has here.
+
+        In bfloat16 a running mean stops where 1 % of a step is below its resolution.
+        """
+        statistic = jnp.asarray(statistic)
+        real = jnp.finfo(self._stats_dtype()).dtype
+        return statistic.astype(jnp.promote_types(statistic.dtype, real))

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.nnx.module import first_from
 from flax.nnx.nn.dtypes import canonicalize_dtype, promote_dtype
@@ -29,8 +30,9 @@ class BatchNorm(nnx.BatchNorm):
 
     Where it differs from Flax's: statistics over devices weigh every example alike,
     also under masks; a mask may be integers or float weights; NaN under the mask and an
-    empty mask do no harm; `dtype` rounds neither running nor batch statistics; there
-    may be several feature axes.
+    empty mask do no harm; `dtype` rounds `x`, scale and bias, but neither the running
+    statistics nor those of the batch; there may be several feature axes. With
+    `axis_name`, the running mean must be the same on every device.
 
     Args:
       num_features: The number of features; a tuple where `axis` is one, the lengths of
@@ -119,7 +121,7 @@ class BatchNorm(nnx.BatchNorm):
             bias_metadata=bias_metadata,
             scale_metadata=scale_metadata,
         )
-        self.num_features = num_features if isinstance(num_features, int) else features
+        self.num_features = features if np.ndim(num_features) else features[0]
         self.unbiased = unbiased
         self.derivatives = derivatives
         complex_ = jnp.issubdtype(param_dtype, jnp.complexfloating)
@@ -161,13 +163,18 @@ class BatchNorm(nnx.BatchNorm):
             )
         x = _flax_fields.as_inexact(x)
         axes = _flax_fields.feature_axes(self.axis, x.ndim)
-        features = _axes.shape(self.num_features)
-        _flax_fields.require_features("num_features", features, x, axes)
+        _flax_fields.require_features("num_features", self.mean.shape, x, axes)
         x, scale, bias, dtype = self._promoted(x)
         if training:
             _flax_fields.require_mask(mask, x)
 
-        layer = _flax_fields.standard(self, feature_axes=axes, dtype=dtype)
+        layer = _flax_fields.standard(
+            self,
+            feature_axes=axes,
+            dtype=dtype,
+            use_scale=scale is not None,
+            use_bias=bias is not None,
+        )
         y, new = layer.apply(
             _flax_fields.affine(scale, bias),
             _flax_fields.stats(
@@ -198,4 +205,5 @@ class BatchNorm(nnx.BatchNorm):
         # themselves, and keep x for the backward pass as it came.
         if self.promote_dtype is promote_dtype and self.dtype is None:
             cast_x = x
+        cast_x = _flax_fields.like_mean(cast_x, self.mean[...], remedy)
         return cast_x, scale, bias, dtype
