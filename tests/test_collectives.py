@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,6 +86,32 @@ def test_a_sharded_batch_under_jit(devices):
     compiled = forward_and_backward(mesh, sync=False).compile().as_text()
     assert sum(reduced(compiled)) == 4 * 4
     assert "all-gather" not in compiled
+
+
+@pytest.mark.parametrize(
+    ("cls", "issued"), [(jaxbn.linen.BatchNorm, 2), (nn.BatchNorm, 4)]
+)
+def test_all_reduces_that_a_module_issues(cls, issued):
+    layer = cls(False, axis_name="data")
+    variables = layer.init(jax.random.key(0), jnp.ones((2, 4)))
+
+    def step(params, x, ct):
+        def f(params, x):
+            given = {**variables, "params": params}
+            return layer.apply(given, x, mutable=["batch_stats"])
+
+        y, vjp, new = jax.vjp(f, params, x, has_aux=True)
+        return y, new, vjp(ct)
+
+    step = jax.shard_map(
+        step,
+        mesh=over(jax.devices()),
+        in_specs=(ALL, ROWS, ROWS),
+        out_specs=(ROWS, ALL, (ALL, ROWS)),
+    )
+    x = jnp.ones((16, 4))
+    lowered = jax.jit(step).lower(variables["params"], x, x)
+    assert lowered.as_text().count("stablehlo.all_reduce") == issued
 
 
 def remat_collectives(policy):

@@ -152,14 +152,20 @@ CASES = {
     "unbound axis name": (
         lambda: jaxbn.moments(X, axis_name="data"),
         NameError,
-        ["`axis_name` has 'data'", "not bound", "`jax.shard_map`", "jax.jit"],
+        [
+            "`axis_name` has 'data'",
+            "not bound",
+            "(no axis is)",
+            "`jax.shard_map`",
+            "plain `jax.jit`",
+        ],
     ),
     "one of two names unbound": (
         lambda: jax.vmap(
             lambda x: jaxbn.batch_norm(x, axis_name=("i", "j")), axis_name="i"
         )(X[:, None]),
         NameError,
-        ["`axis_name` has 'j'"],
+        ["`axis_name` has 'j'", "not bound", "('i' is)"],
     ),
     "groups that do not partition": (
         lambda: jax.vmap(
@@ -313,6 +319,18 @@ CASES = {
         lambda: nnx_(num_features=3.0),
         TypeError,
         ["`num_features` must be an integer", "3.0"],
+    ),
+    "sync_stats over no axis": (
+        lambda: jaxbn.sync_stats(STATS, "data"),
+        NameError,
+        ["`axis_name` has 'data'", "not bound"],
+    ),
+    "sync_stats of no statistics": (
+        lambda: jax.vmap(lambda x: jaxbn.sync_stats({"scale": x}, "i"), axis_name="i")(
+            X
+        ),
+        TypeError,
+        ["`stats` has ", "Tracer", "Pass `RunningStats`"],
     ),
     "tf axes out of range": (
         lambda: tf_nn.moments(X, [2]),
