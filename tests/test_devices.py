@@ -44,8 +44,10 @@ def test_values_and_derivatives(context, form, shift):
     close(derivatives(f)(*arguments()), truth(form, shift))
 
 
-@pytest.mark.parametrize(("form", "shift"), CASES)
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize(
+    ("form", "shift", "check_vma"),
+    list(AllPairs([FORMS, (None, 0.7), (True, False)])),
+)
 def test_gradient_inside_shard_map(form, shift, check_vma):
     def inner(x, scale, bias, w):
         def loss(x, scale, bias):
@@ -91,10 +93,21 @@ def test_gradient_inside_a_map(form, shift, over):
     close((grads, (y.reshape(x.shape), m, stats)), truth(form, shift)[1])
 
 
-@pytest.mark.parametrize(("form", "shift"), CASES)
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("vectors", [P(), P("model")], ids=["replicated", "sharded"])
-def test_jit_of_a_sharded_batch_needs_no_axis_name(form, shift, kind, vectors):
+@pytest.mark.parametrize(
+    ("kind", "vectors", "form", "shift"),
+    list(
+        AllPairs(
+            [
+                (AxisType.Auto, AxisType.Explicit),
+                (P(), P("model")),
+                FORMS,
+                (None, 0.7),
+            ]
+        )
+    ),
+    ids=str,
+)
+def test_jit_of_a_sharded_batch_needs_no_axis_name(kind, vectors, form, shift):
     """Rows over four devices, features over two (here of four features, not three)."""
     mesh = mesh_of(4, 2, names=("data", "model"), kind=kind)
     x, _, _, w = arguments()
@@ -121,8 +134,10 @@ def test_jit_of_a_sharded_batch_needs_no_axis_name(form, shift, kind, vectors):
     close(got, expected)
 
 
-@pytest.mark.parametrize(("form", "shift"), CASES)
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize(
+    ("form", "shift", "check_vma"),
+    list(AllPairs([FORMS, (None, 0.7), (True, False)])),
+)
 def test_one_axis_of_two(form, shift, check_vma):
     """Rows over `data`, features over `model`, and parameters with them."""
     x, _, _, w = arguments()

@@ -44,7 +44,12 @@ def close(a, b):
 
 @pytest.mark.parametrize(
     ("api", "sync"),
-    [("linen", "global"), ("linen", "group:2"), ("linen", "none"), ("nnx", "group:2")],
+    [
+        ("linen", "global"),
+        ("nnx", "group:2"),
+        pytest.param("linen", "group:2", marks=pytest.mark.slow),
+        pytest.param("linen", "none", marks=pytest.mark.slow),
+    ],
 )
 def test_the_styles_agree(run, api, sync):
     options = [
@@ -64,7 +69,7 @@ def test_the_styles_agree(run, api, sync):
     close(states[0], states[2])
 
 
-@pytest.mark.parametrize("api", ["linen", "nnx"])
+@pytest.mark.parametrize("api", ["linen", pytest.param("nnx", marks=pytest.mark.slow)])
 def test_a_checkpoint_of_eight_devices_goes_on_with_one_and_with_two(run, api):
     options = ["--sync", "global", "--api", api]
     at_once, _ = run(*options, "--devices", 8, "--steps", 4)
