@@ -73,9 +73,9 @@ class Sync(NamedTuple):
 
     def options(self, devices: int) -> dict[str, Any]:
         """For the batch norms inside of a map over the devices."""
-        size = self.group(devices)
-        if size == devices:
+        if self.shared:
             return {"axis_name": AXIS}
+        size = self.group(devices)
         if size == 1:
             return {}
         groups = [tuple(range(i, i + size)) for i in range(0, devices, size)]
@@ -164,8 +164,8 @@ def step(net: Network, state: State, x, y, *, devices=1, style="") -> State:
         return losses.mean() / devices, stats
 
     grads, stats = jax.grad(loss, has_aux=True)(state.params)
-    if devices > 1 and style != "shard_map":
-        # shard_map sums the gradients of replicated parameters by itself.
+    if style in ("jit", "pmap"):
+        # Inside of a map they are of this device's rows; shard_map has summed them.
         grads = lax.psum(grads, AXIS)
     updates, opt_state = OPTIMIZER.update(grads, state.opt_state, state.params)
     return State(optax.apply_updates(state.params, updates), stats, opt_state)

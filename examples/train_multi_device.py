@@ -19,7 +19,8 @@ Options:
     --steps N         Training steps (default 200).
     --seed N          Of parameters and batches (default 0).
     --out DIR         Where checkpoints go (default out/multi_device).
-    --resume          Continue from the checkpoints, on however many devices.
+    --resume          Continue from the checkpoints, on however many devices. (They hold
+                      one set of statistics: of those per device, the pooled ones.)
 
 Several machines. The same command runs in every process; add --distributed, which calls
 `jax.distributed.initialize()`. Under SLURM, Open MPI, Kubernetes and on Cloud TPU, JAX
@@ -121,6 +122,8 @@ def train(args: argparse.Namespace, sync: Sync, data: Data, mesh: Mesh) -> State
         first, state = 0, new_state(args.api, args.seed)
         if args.resume:
             first, state = restore(checkpointer, folder, state, mesh)
+        if first > args.steps:
+            raise SystemExit(f"the checkpoint is at step {first}, past --steps")
         state = placed(state, sync, mesh)
         step = train_step(args.style, sync, args.api, mesh)
         bar = trange(

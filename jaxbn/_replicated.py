@@ -26,8 +26,8 @@ def sync_stats(stats: Any, axis_name: _mesh.AxisName) -> Any:
 
     It is not what training with `axis_name` would have tracked. There the variance of
     each batch is that of the whole batch; here it is that of the parts, whose means
-    differ from batch to batch, averaged over time before they are compared. Normalizing
-    by the statistics of a part is another network besides.
+    differ from batch to batch, averaged over time before they are compared. And what a
+    network learns, normalized by the statistics of parts, is something else.
 
     Args:
       stats: `RunningStats`, or a tree of dicts and lists that holds them or Flax's

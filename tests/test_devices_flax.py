@@ -55,17 +55,18 @@ def loss(apply, params, stats, x, mask):
     return jnp.sum(jnp.sin(jnp.where(mask, y, 0))), stats
 
 
-def over_shard_map(make, x, mask, check_vma, wrap=lambda f: f):
-    params, stats, apply = make(axis_name="data")
+def over_shard_map(make, x, mask, check_vma, wrap=lambda f: f, names="data", two=False):
+    params, stats, apply = make(axis_name=names)
 
     def inner(params, stats, x, mask):
         value, new = wrap(partial(loss, apply))(params, stats, x, mask)
-        return lax.psum(value, "data"), new
+        return lax.psum(value, names), new
 
+    rows = P(names)
     f = jax.shard_map(
         inner,
-        mesh=mesh_of(8),
-        in_specs=(ALL, ALL, ROWS, ROWS),
+        mesh=mesh_of(4, 2, names=("data", "more")) if two else mesh_of(8),
+        in_specs=(ALL, ALL, rows, rows),
         out_specs=(ALL, ALL),
         check_vma=check_vma,
     )
@@ -113,6 +114,10 @@ CONTEXTS = {
     "shard_map unchecked": partial(over_shard_map, check_vma=False),
     "scan": partial(over_shard_map, check_vma=True, wrap=in_scan),
     "checkpoint": partial(over_shard_map, check_vma=True, wrap=jax.checkpoint),
+    "two names": partial(
+        over_shard_map, check_vma=True, names=("data", "more"), two=True
+    ),
+    "one axis of two": partial(over_shard_map, check_vma=True, two=True),
     "pmap": partial(over_map, map_=jax.pmap),
     "vmap": partial(over_map, map_=jax.vmap),
     "jit auto": partial(under_jit, kind=AxisType.Auto),

@@ -100,3 +100,12 @@ def test_wrong_options(run, monkeypatch, capsys, tmp_path):
         assert message in capsys.readouterr().err
     with pytest.raises(SystemExit, match="start without --resume"):
         run("--sync", "none", "--devices", 1, "--resume")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("style", ["jit", "shard_map", "pmap"])
+@pytest.mark.parametrize(
+    ("sync", "devices"), [("none", 1), ("global", 1), ("group:2", 2), ("group:1", 2)]
+)
+def test_the_smallest_groups_and_the_largest(run, style, sync, devices):
+    run("--sync", sync, "--devices", devices, "--steps", 1, "--style", style)
