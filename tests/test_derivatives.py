@@ -92,9 +92,17 @@ def nestings(form):
 
 
 # The third order takes seconds to compile: one kind of weights, and the moments in
-# every other loss.
+# every other loss; reverse mode throughout with the quick tests, the others with all.
 CASES = [
-    pytest.param(form, modes, w, shift, uses, id="-".join([form, *modes, w, shift]))
+    pytest.param(
+        form,
+        modes,
+        w,
+        shift,
+        uses,
+        id="-".join([form, *modes, w, shift]),
+        marks=[pytest.mark.slow] * (len(modes) == 3 and "fwd" in modes),
+    )
     for form in FORMS
     for k, modes in enumerate(nestings(form))
     for w, shift, uses in (
