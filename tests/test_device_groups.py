@@ -23,10 +23,10 @@ def part(x, scale, bias, w, **options):
     return loss[None], (y, m.mean[None])
 
 
-def over_shard_map(x, scale, bias, w, *, check_vma, **options):
+def over_shard_map(x, scale, bias, w, *, check_vma=True, f=part, **options):
     rows, all_ = P("data"), P()
     losses, out = jax.shard_map(
-        functools.partial(part, **options),
+        functools.partial(f, **options),
         mesh=mesh_of(8),
         in_specs=(rows, all_, all_, rows),
         out_specs=(rows, (rows, rows)),
@@ -57,9 +57,20 @@ def one_by_one(x, scale, bias, w, *, groups, form, shift):
     return loss, (ys, means)
 
 
+def in_scan(x, scale, bias, w, **options):
+    step = lambda _, x: (None, part(x, scale, bias, w, **options))
+    return jax.tree.map(lambda a: a[0], lax.scan(step, None, x[None])[1])
+
+
+def in_checkpoint(*args, **options):
+    return jax.checkpoint(functools.partial(part, **options))(*args)
+
+
 CONTEXTS = {
-    "shard_map": functools.partial(over_shard_map, check_vma=True),
+    "shard_map": over_shard_map,
     "shard_map unchecked": functools.partial(over_shard_map, check_vma=False),
+    "scan": functools.partial(over_shard_map, f=in_scan),
+    "checkpoint": functools.partial(over_shard_map, f=in_checkpoint),
     "pmap": functools.partial(over_map, map_=jax.pmap),
     "vmap": functools.partial(over_map, map_=jax.vmap),
 }

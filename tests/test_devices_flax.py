@@ -135,3 +135,32 @@ def test_module(context, make):
     jax.tree.map(
         lambda a, b: assert_close(a, b, 1e-4, 1e-5), got, alone(params, stats, x, mask)
     )
+
+
+@pytest.mark.parametrize("make", [linen, nnx_])
+@pytest.mark.parametrize("context", ["shard_map unchecked", "pmap", "vmap"])
+def test_module_with_groups(context, make):
+    groups = [[0, 5], [1, 2, 3, 4, 6, 7]]
+    x, mask = batch()
+    own = [np.concatenate([3 * i + np.arange(3) for i in group]) for group in groups]
+    params, stats, apply = make()
+    y = np.zeros(x.shape, np.float32)
+    for rows in own:
+        y[rows] = apply(params, stats, x[rows], mask[rows])[0]
+
+    params, stats, apply = make(axis_name="data", axis_index_groups=groups)
+    if context == "shard_map unchecked":
+        f = jax.shard_map(
+            lambda x, mask: apply(params, stats, x, mask)[0],
+            mesh=mesh_of(8),
+            in_specs=(ROWS, ROWS),
+            out_specs=ROWS,
+            check_vma=False,
+        )
+        got = f(x, mask)
+    else:
+        map_ = getattr(jax, context)
+        f = map_(lambda x, mask: apply(params, stats, x, mask)[0], axis_name="data")
+        got = f(in_parts(x), in_parts(mask)).reshape(x.shape)
+    present = np.asarray(mask)[:, 0]
+    assert_close(got[present], y[present], 1e-4, 1e-5)
