@@ -93,41 +93,19 @@ def moments(
     """
     x = _dtypes.inexact_array("x", x)
     feature_axes = _axes.canonical(feature_axes, x.ndim)
-    _mesh.require_bound(axis_name, axis_index_groups)
     if weights is not None:
         weights = _axes.weights_like(weights, x, _dtypes.accumulation(x.dtype))
-    if shift is not None:
-        shift = _checked_shift(shift, x, feature_axes)
-        if axis_index_groups is None:  # A group's shift need only be its own.
-            _mesh.require_same_on_all("shift", shift, axis_name)
-
-    def all_sum(*sums):
-        sums = _mesh.all_sum(sums, axis_name, axis_index_groups)
-        return [checkpoint_name(s, "jaxbn_moments") for s in sums]
-
-    def central_sums(center):
-        return _sums.central_sums(x, center, weights, feature_axes)
-
-    count = _sums.total_weight(x, weights, feature_axes)
-    if shift is None:
-        # The moments do not depend on the center, so neither does their derivative.
-        total = _sums.weighted_sum(lax.stop_gradient(x), weights, feature_axes)
-        total, count = all_sum(total, count)
-        center = total / divisor(count)
-        first, second = all_sum(*central_sums(center))
-    else:
-        center = jnp.where(jnp.isfinite(shift), shift, 0)
-        first, second, count = all_sum(*central_sums(center), count)
-
-    offset = first / divisor(count)
-    # Where Σ|δ|² overflows, var is infinite, not inf − inf.
-    excess = jnp.where(jnp.isfinite(second), _sums.squared(offset), 0)
-    var = second / divisor(count) - excess
-    # Not maximum(var, 0), whose derivative is halved where var is 0.
-    return Moments(center + offset, jnp.where(var < 0, 0, var), count)
+    over = axis_name, axis_index_groups
+    return _pooled(x, None, weights, shift, feature_axes, *over)
 
 
-def merge_moments(moments_: Moments, axis: _axes.Axes = 0) -> Moments:
+def merge_moments(
+    moments_: Moments,
+    axis: _axes.Axes = 0,
+    *,
+    shift: ArrayLike | None = None,
+    axis_name: _mesh.AxisName | None = None,
+) -> Moments:
     """Pools stacked moments into those of all their data together.
 
         n = Σnₖ      mean = Σnₖ·meanₖ / n
@@ -140,6 +118,9 @@ def merge_moments(moments_: Moments, axis: _axes.Axes = 0) -> Moments:
       moments_: `Moments` whose arrays have additional axes, as `jax.lax.scan` and
         `jax.vmap` stack them. A count that was a scalar has only these axes.
       axis: The stacked axes, as axes of `moments_.mean`.
+      shift: As for `moments`: with a vector near the pooled mean, `axis_name` takes one
+        all-reduce, without one two.
+      axis_name: As for `moments`: pools what every device has stacked, too.
 
     Returns:
       `Moments` without the stacked axes.
@@ -147,6 +128,7 @@ def merge_moments(moments_: Moments, axis: _axes.Axes = 0) -> Moments:
     Raises:
       ValueError: An axis is out of range, or `moments_.count` has neither the shape of
         the stacked axes nor that of `moments_.mean`.
+      NameError: `axis_name` is not bound.
 
     Example:
       >>> import jax, jaxbn, jax.numpy as jnp
@@ -171,12 +153,59 @@ def merge_moments(moments_: Moments, axis: _axes.Axes = 0) -> Moments:
             f"axes, {_axes.lengths(mean, stacked)}, or of `moments_.mean`, "
             f"{mean.shape}. Name every stacked axis in `axis`, got {axis}."
         )
-    between = moments(mean, feature_axes=features, weights=weights)
-    within = moments(var, feature_axes=features, weights=weights)
-    pooled = between.count
+    weights = _axes.weights_like(weights, mean, _dtypes.accumulation(mean.dtype))
+    pooled = _pooled(mean, var, weights, shift, features, axis_name, None)
     if count.ndim > len(stacked):
-        pooled = jnp.broadcast_to(pooled, between.mean.shape)
-    return Moments(between.mean, within.mean + between.var, pooled)
+        return pooled._replace(count=jnp.broadcast_to(pooled.count, pooled.mean.shape))
+    return pooled
+
+
+def _pooled(
+    x: jax.Array,
+    within: jax.Array | None,
+    weights: jax.Array | None,
+    shift: ArrayLike | None,
+    feature_axes: tuple[int, ...],
+    axis_name: _mesh.AxisName | None,
+    axis_index_groups: _mesh.Groups | None,
+) -> Moments:
+    """The moments of values, or of parts with mean `x` and variance `within`."""
+    _mesh.require_bound(axis_name, axis_index_groups)
+    if shift is not None:
+        shift = _checked_shift(shift, x, feature_axes)
+        if axis_index_groups is None:  # A group's shift need only be its own.
+            _mesh.require_same_on_all("shift", shift, axis_name)
+
+    def all_sum(*sums):
+        sums = _mesh.all_sum(sums, axis_name, axis_index_groups)
+        return [checkpoint_name(s, "jaxbn_moments") for s in sums]
+
+    def central_sums(center):
+        sums = _sums.central_sums(x, center, weights, feature_axes)
+        if within is None:
+            return sums
+        return *sums, _sums.weighted_sum(within, weights, feature_axes)
+
+    count = _sums.total_weight(x, weights, feature_axes)
+    if shift is None:
+        # The moments do not depend on the center, so neither does their derivative.
+        total = _sums.weighted_sum(lax.stop_gradient(x), weights, feature_axes)
+        total, count = all_sum(total, count)
+        center = total / divisor(count)
+        first, second, *inner = all_sum(*central_sums(center))
+    else:
+        center = jnp.where(jnp.isfinite(shift), shift, 0)
+        first, second, *inner, count = all_sum(*central_sums(center), count)
+
+    offset = first / divisor(count)
+    # Where Σ|δ|² overflows, var is infinite, not inf − inf.
+    excess = jnp.where(jnp.isfinite(second), _sums.squared(offset), 0)
+    var = second / divisor(count) - excess
+    # Not maximum(var, 0), whose derivative is halved where var is 0.
+    var = jnp.where(var < 0, 0, var)
+    for part in inner:
+        var = var + part / divisor(count)
+    return Moments(center + offset, var, count)
 
 
 def divisor(count: jax.Array) -> jax.Array:

@@ -18,6 +18,7 @@ FLOORS = [
     {"_axes"},
     {"_sums"},
     {"_moments", "_normalize"},
+    {"_rules"},
     {"_batch_norm"},
     {"_running_stats"},
     {"_replicated"},

@@ -1,0 +1,102 @@
+"""Batch norm and an activation whose backward pass needs only the output.
+
+With z = φ(y) and y = x̂·s + bias, where x̂ = (x − mean)·inv and s > 0, the output tells
+all that the derivative of batch norm is made of:
+
+    y = φ⁻¹(z)      x̂ = (y − bias) / s      φ′(y), as a function of z
+
+so that x need not be kept. What is kept is z, which the next layer keeps as its input.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxbn import _axes, _dtypes, _rules, _sums
+
+
+class Activation(NamedTuple):
+    """An invertible activation, by its name; `slope` is that of leaky ReLU."""
+
+    name: str
+    slope: float
+
+    def __call__(self, y: jax.Array) -> jax.Array:
+        """φ(y)."""
+        if self.name == "leaky_relu":
+            return jnp.where(y >= 0, y, self.slope * y)
+        return jax.nn.elu(y) if self.name == "elu" else y
+
+    def inverse(self, z: jax.Array, dtype: Any) -> jax.Array:
+        """φ⁻¹(z), for a z that was rounded to `dtype`."""
+        if self.name == "leaky_relu":
+            return jnp.where(z >= 0, z, z / self.slope)
+        if self.name == "elu":
+            # Where e^y is rounded away, z is −1, whose logarithm is −∞: the largest y
+            # of which that is so.
+            lowest = -1 + float(jnp.finfo(dtype).epsneg) / 2
+            return jnp.where(z > 0, z, jnp.log1p(jnp.clip(z, lowest, 0)))
+        return z
+
+    def slope_at(self, z: jax.Array) -> jax.Array | float:
+        """φ′(y), as a function of z."""
+        if self.name == "leaky_relu":
+            return jnp.where(z >= 0, 1, self.slope)
+        return jnp.where(z > 0, 1, z + 1) if self.name == "elu" else 1.0
+
+
+class Static(NamedTuple):
+    """What must be known while tracing."""
+
+    rule: _rules.Static
+    activation: Activation
+    x_dtype: Any
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def in_place_form(static: Static, x, scale, bias, given: _rules.Given) -> jax.Array:
+    """φ(batch norm of x), given its own moments. `scale` must be positive."""
+    wide = static.rule._replace(dtype=_dtypes.widen(x, scale, bias).dtype)
+    z = static.activation(_rules.normalize_hidden(wide, x, scale, bias, given))
+    return _rounded(z.astype(static.rule.dtype))
+
+
+def _rounded(z: jax.Array) -> jax.Array:
+    # XLA may keep more digits of an intermediate than its dtype has: what the backward
+    # pass gets would then be a second, wide array beside the output.
+    return lax.optimization_barrier(z) if jnp.finfo(z.dtype).bits < 32 else z
+
+
+def _fwd(static: Static, x, scale, bias, given: _rules.Given):
+    z = in_place_form.fun(static, x, scale, bias, given)
+    return z, (z, scale, bias, given)
+
+
+def _bwd(static: Static, residuals, c):
+    z, scale, bias, given = residuals
+    rule, activation = static.rule, static.activation
+    expand = partial(_axes.expand, feature_axes=rule.feature_axes, ndim=z.ndim)
+    wide, c = (_dtypes.widen(a, z, scale, bias, given.var) for a in (z, c))
+    if given.weights is not None:
+        hidden = _sums.hidden(wide, given.weights)
+        wide = jnp.where(hidden, 0, wide)
+    y = activation.inverse(wide, rule.dtype)
+    var = given.var + given.epsilon.astype(given.var.dtype)
+    inv, k, delta = lax.rsqrt(var), lax.rsqrt(var), lax.sqrt(var)
+    if scale is not None:
+        k, delta = k * scale, delta / scale
+    c = c * activation.slope_at(wide)
+    if bias is not None:
+        y = y - expand(bias)
+    delta = y * expand(delta)
+    if given.weights is not None:
+        delta = jnp.where(hidden, 0, delta)
+    vectors = scale, bias, inv, k
+    dx, dscale, dbias = _rules.pull_back(rule, c, delta, delta, *vectors, given)
+    return _rules.as_cotangent(dx, z).astype(static.x_dtype), dscale, dbias, None
+
+
+in_place_form.defvjp(_fwd, _bwd)

@@ -1,0 +1,190 @@
+"""The derivative of batch norm, written by hand, in a `vjp` and a `jvp` form.
+
+With δ = x − mean, inv = 1/√(var + ε), k = scale·inv, weights w and n = Σw, the output
+y = δ·k + bias depends on x directly, and through mean and var:
+
+    dmean = Σw·dx / n            dvar = 2·Re Σw·conj(δ)·dx / n
+    dy    = k·(dx − dmean) − ½·k·inv²·δ·dvar + inv·δ·dscale + dbias
+
+`jvp_form` is this map. `vjp_form` is its transpose, with the cotangent c of y:
+
+    ct(x)     = k·c − (w/n)·(Σk·c + conj(δ)·inv²·Re Σk·c·δ)
+    ct(scale) = Σc·δ·inv         ct(bias) = Σc
+
+Neither form computes the moments: they are operands. The rules say how y depends on x
+in all, moments included, so that the operands themselves count as constant, but only to
+the first order (`_constant_to_first_order`): the derivatives of a rule see all of them.
+What is kept for the backward pass is x, in its own dtype, and feature vectors.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxbn import _axes, _dtypes, _mesh, _sums
+from jaxbn._moments import divisor
+from jaxbn._normalize import normalize
+
+
+class Static(NamedTuple):
+    """What must be known while tracing."""
+
+    feature_axes: tuple[int, ...]
+    dtype: Any
+    axis_name: _mesh.AxisName | None
+    axis_index_groups: _mesh.Groups | None
+
+
+class Given(NamedTuple):
+    """Operands that the rules have no cotangent for."""
+
+    mean: jax.Array
+    var: jax.Array
+    count: jax.Array
+    weights: jax.Array | None
+    epsilon: jax.Array
+
+
+def rule_operands(x, scale, bias, given: Given) -> tuple:
+    """The operands as a rule takes them: moments constant, and x varying as y does."""
+    mean, var = map(_constant_to_first_order, (given.mean, given.var))
+    x = _mesh.vary_like(x, mean, var, scale, bias, given.weights)
+    return x, scale, bias, given._replace(mean=mean, var=var)
+
+
+@jax.custom_jvp
+def _constant_to_first_order(x: jax.Array) -> jax.Array:
+    return x
+
+
+@_constant_to_first_order.defjvp
+def _constant_to_first_order_jvp(primals, tangents):
+    # The primal output is the operand itself, not a call of this function: whatever
+    # differentiates next sees an identity. (stop_gradient is constant to every order.)
+    (x,), _ = primals, tangents
+    return x, jnp.zeros_like(x)
+
+
+def normalize_hidden(static: Static, x, scale, bias, given: Given) -> jax.Array:
+    """y, and x itself where it is not finite and its weight is 0."""
+    apply = partial(
+        normalize,
+        mean=given.mean,
+        var=given.var,
+        scale=scale,
+        bias=bias,
+        feature_axes=static.feature_axes,
+        epsilon=given.epsilon,
+        dtype=static.dtype,
+    )
+    if given.weights is None:
+        return apply(x)
+    # NaN under the mask passes by the arithmetic, whose derivative would be 0 · NaN.
+    hidden = _sums.hidden(x, given.weights)
+    return jnp.where(hidden, x.astype(static.dtype), apply(jnp.where(hidden, 0, x)))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def vjp_form(static: Static, x, scale, bias, given: Given) -> jax.Array:
+    return normalize_hidden(static, x, scale, bias, given)
+
+
+def _vjp_form_fwd(static: Static, x, scale, bias, given: Given):
+    return normalize_hidden(static, x, scale, bias, given), (x, scale, bias, given)
+
+
+def _vjp_form_bwd(static: Static, residuals, c):
+    x, scale, bias, given = residuals
+    wide, c, expand, inv, k, _ = _prepare(static, x, c, scale, given)
+    summed, elementwise = wide + expand(-given.mean), wide - expand(given.mean)
+    vectors = scale, bias, inv, k
+    dx, dscale, dbias = pull_back(static, c, summed, elementwise, *vectors, given)
+    return as_cotangent(dx, x), dscale, dbias, None
+
+
+def pull_back(
+    static: Static, c, summed, elementwise, scale, bias, inv, k, given: Given
+):
+    """Cotangents of x (still wide), scale and bias from that of y.
+
+    δ comes twice, spelled in two ways for XLA's sake (see `_sums`).
+    """
+    expand = partial(_axes.expand, feature_axes=static.feature_axes, ndim=c.ndim)
+    n = divisor(given.count)
+    local = _sums.cotangent_sums(c, summed, static.feature_axes)
+    over = static.axis_name, static.axis_index_groups
+    if _mesh.same_on_all(k, elementwise, static.axis_name):
+        total = _mesh.all_sum(local, *over)
+        sum_kc, sum_kc_delta = k * total[0], (k * total[1]).real
+    else:  # Scale may differ between the devices: k is summed with c.
+        with_k = k * local[0], (k * local[1]).real
+        sum_kc, sum_kc_delta, *total = _mesh.all_sum((*with_k, *local), *over)
+    c0 = -sum_kc / n
+    c1 = -jnp.square(inv) * sum_kc_delta / n
+    through_moments = elementwise.conj() * expand(c1) + expand(c0)
+    dx = c * expand(k) + _sums.times(through_moments, given.weights)
+
+    def vector(operand, here, everywhere):
+        if operand is None:
+            return None
+        ct = _mesh.cotangent_like(operand, here, everywhere, static.axis_name)
+        return as_cotangent(ct, operand)
+
+    dscale = vector(scale, local[1] * inv, total[1] * inv)
+    return dx, dscale, vector(bias, local[0], total[0])
+
+
+vjp_form.defvjp(_vjp_form_fwd, _vjp_form_bwd)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def jvp_form(static: Static, x, scale, bias, given: Given) -> jax.Array:
+    return normalize_hidden(static, x, scale, bias, given)
+
+
+@jvp_form.defjvp
+def _jvp_form_jvp(static: Static, primals, tangents):
+    x, scale, _, given = primals
+    # Transposed, this recomputes δ from x instead of keeping it.
+    tangent = jax.checkpoint(_tangent, prevent_cse=False, static_argnums=0)
+    dy = tangent(static, x, scale, given, *tangents[:3])
+    return jvp_form(static, *primals), dy
+
+
+def _tangent(static: Static, x, scale, given: Given, dx, dscale, dbias):
+    x, dx, expand, inv, k, n = _prepare(static, x, dx, scale, given)
+    wdx = _sums.times(dx, given.weights)
+    # The transpose turns elementwise into summed and back: hence x − mean in the sum.
+    delta = (x - expand(given.mean)).conj()
+    sums = _sums.cotangent_sums(wdx, delta, static.feature_axes)
+    total = _mesh.all_sum(
+        (sums[0], sums[1].real), static.axis_name, static.axis_index_groups
+    )
+    c0 = -k * total[0] / n
+    c1 = -k * jnp.square(inv) * total[1] / n
+    if dbias is not None:
+        c0 = c0 + _dtypes.widen(dbias, x)
+    if dscale is not None:
+        c1 = c1 + inv * _dtypes.widen(dscale, x)
+    dy = dx * expand(k) + ((x + expand(-given.mean)) * expand(c1) + expand(c0))
+    return dy.astype(static.dtype)
+
+
+def _prepare(static: Static, x, dx, scale, given: Given):
+    """What both forms compute with: x and its (co)tangent, widened, and inv, k, n."""
+    expand = partial(_axes.expand, feature_axes=static.feature_axes, ndim=x.ndim)
+    x, dx = _dtypes.widen(x, scale), _dtypes.widen(dx, x, scale)
+    if given.weights is not None:
+        x = jnp.where(_sums.hidden(x, given.weights), expand(given.mean), x)
+    inv = lax.rsqrt(given.var + given.epsilon.astype(given.var.dtype))
+    k = inv if scale is None else inv * _dtypes.widen(scale, x)
+    return x, dx, expand, inv, k, divisor(given.count)
+
+
+def as_cotangent(array: jax.Array, operand: jax.Array) -> jax.Array:
+    """In the type of the operand; the real part where that is real."""
+    array = array if jnp.iscomplexobj(operand) else array.real
+    return _mesh.shard_like(array.astype(operand.dtype), operand)
