@@ -58,6 +58,17 @@ def lengths(x: jax.Array, axes: Sequence[int]) -> tuple[int, ...]:
     return tuple(x.shape[axis] for axis in axes)
 
 
+def batch_axis(feature_axes: Sequence[int], x: jax.Array) -> int:
+    """The axis of examples: the first that is no feature axis."""
+    reduced = others(feature_axes, x.ndim)
+    if not reduced:
+        raise ValueError(
+            f"`x` of shape {x.shape} has no axis of examples: `feature_axes`, "
+            f"{tuple(feature_axes)}, are all of its axes. Leave one of them out."
+        )
+    return reduced[0]
+
+
 def expand(vector: jax.Array, feature_axes: Sequence[int], ndim: int) -> jax.Array:
     """A vector over the feature axes, reshaped to broadcast against rank `ndim`.
 

@@ -1,5 +1,7 @@
 """`batch_norm`: moments and normalization as one, with a hand-written derivative."""
 
+from typing import Any
+
 import jax
 from jax.typing import ArrayLike, DTypeLike
 
@@ -105,35 +107,31 @@ def normalize_batch(
     scale: ArrayLike | None,
     bias: ArrayLike | None,
     *,
-    feature_axes: _axes.Axes,
-    epsilon: ArrayLike,
-    weights: ArrayLike | None,
-    axis_name: _mesh.AxisName | None,
-    axis_index_groups: _mesh.Groups | None,
-    dtype: DTypeLike | None,
     derivatives: str,
+    **options: Any,
 ) -> jax.Array:
     """`x` normalized by `m`, which must be its own moments: the rule relies on it."""
     if derivatives not in ("vjp", "jvp"):
         raise ValueError(f"`derivatives` must be 'vjp' or 'jvp', got {derivatives!r}.")
-    static, *operands = checked_operands(
-        x,
-        m,
-        scale,
-        bias,
-        feature_axes=feature_axes,
-        epsilon=epsilon,
-        weights=weights,
-        axis_name=axis_name,
-        axis_index_groups=axis_index_groups,
-        dtype=dtype,
-    )
+    static, *operands = checked_operands(x, m, scale, bias, **options)
     _, scale, bias, _ = operands
     if any(_axes.is_per_example(v, static.feature_axes) for v in (scale, bias)):
         # Their cotangents are no channel sums: the plain composition.
         return _rules.normalize_hidden(static, *operands)
     form = _rules.vjp_form if derivatives == "vjp" else _rules.jvp_form
     return form(static, *_rules.rule_operands(*operands))
+
+
+def normalize_given(
+    x: ArrayLike,
+    m: Moments,
+    scale: ArrayLike | None,
+    bias: ArrayLike | None,
+    **options: Any,
+) -> jax.Array:
+    """`normalize` by any moments, where NaN under `weights` reaches no gradient."""
+    static, *operands = checked_operands(x, m, scale, bias, **options)
+    return _rules.normalize_hidden(static, *operands)
 
 
 def checked_operands(
@@ -145,9 +143,9 @@ def checked_operands(
     feature_axes: _axes.Axes,
     epsilon: ArrayLike,
     weights: ArrayLike | None,
-    axis_name: _mesh.AxisName | None,
-    axis_index_groups: _mesh.Groups | None,
     dtype: DTypeLike | None,
+    axis_name: _mesh.AxisName | None = None,
+    axis_index_groups: _mesh.Groups | None = None,
 ) -> tuple:
     """Static, x, scale, bias and Given, from what users pass."""
     x = _dtypes.inexact_array("x", x)

@@ -4,11 +4,13 @@ Whatever differs between JAX versions around `shard_map` and its types belongs h
 """
 
 from collections.abc import Sequence
+from math import prod
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 AxisName = str | tuple[str, ...]
 Groups = Sequence[Sequence[int]]
@@ -18,9 +20,7 @@ def require_bound(
     axis_name: AxisName | None, axis_index_groups: Groups | None = None
 ) -> None:
     """Refuses axis names that nothing binds, and groups that do not partition one."""
-    size = 1
-    for name in _names(axis_name):
-        size *= _size(name)
+    size = axis_size(axis_name)
     if axis_index_groups is None:
         return
     if len(_names(axis_name)) != 1:
@@ -55,6 +55,20 @@ def all_sum(
     return [found[i] for i in range(len(sums))]
 
 
+def gather(arrays: Sequence[jax.Array], axis_name: AxisName) -> list[jax.Array]:
+    """Each array of every device, stacked along a new first axis; the same on all."""
+    # Not lax.all_gather, whose result counts as varying under shard_map's check_vma.
+    flat = _vary_over_all(_raveled(arrays), axis_name)
+    index = lax.axis_index(_names(axis_name))
+    table = _table(flat, index, axis_size(axis_name), axis_name)
+    return _unravel(table, arrays)
+
+
+def axis_size(axis_name: AxisName | None) -> int:
+    """The number of devices along the named axes."""
+    return prod(_size(name) for name in _names(axis_name))
+
+
 def hashable(axis_name, axis_index_groups) -> tuple:
     """Both as tuples all the way down, to be compared while tracing."""
     if isinstance(axis_name, list):
@@ -77,6 +91,40 @@ def shard_like(array: jax.Array, operand: jax.Array) -> jax.Array:
     if jax.typeof(array).sharding.spec == wanted.spec:
         return array
     return jax.sharding.reshard(array, wanted)
+
+
+def split_axis(array: jax.Array, axis: int, sizes: tuple[int, int]) -> jax.Array:
+    """`array` with one axis split in two, sharded along the first if it divides."""
+    shape = array.shape[:axis] + sizes + array.shape[axis + 1 :]
+    sharding = jax.typeof(array).sharding
+    spec = [*sharding.spec, *[None] * (array.ndim - len(sharding.spec))]
+    if spec[axis] is None:
+        return array.reshape(shape)
+    shards = prod(sharding.mesh.shape[name] for name in _names(spec[axis]))
+    along = (spec[axis], None) if sizes[0] % shards == 0 else (None, None)
+    spec[axis : axis + 1] = along
+    return lax.reshape(array, shape, out_sharding=sharding.update(spec=P(*spec)))
+
+
+def reshape_like(array: jax.Array, like: jax.Array) -> jax.Array:
+    """`array` in the shape of `like`, and in its sharding where meshes are explicit."""
+    sharding = jax.typeof(like).sharding
+    if not any(sharding.spec):
+        return array.reshape(like.shape)
+    return lax.reshape(array, like.shape, out_sharding=sharding)
+
+
+def take_rows(table: jax.Array, index: jax.Array) -> jax.Array:
+    """`table[index]`; NaN where there is no such row (an index below 0 included)."""
+    rows, features = jax.typeof(index).sharding, jax.typeof(table).sharding
+    spec = *rows.spec, *features.spec[1:]
+    sharding = rows.update(spec=P(*spec)) if any(spec) else None
+    return table.at[index].get(
+        mode="fill",
+        fill_value=jnp.nan,
+        wrap_negative_indices=False,
+        out_sharding=sharding,
+    )
 
 
 def require_same_on_all(name: str, array: jax.Array, axis_name: AxisName | None):
@@ -162,8 +210,7 @@ def _vary_over_all(array: jax.Array, axis_name: AxisName) -> jax.Array:
 
 
 def _stacked_sum(sums, axis_name, axis_index_groups) -> list[jax.Array]:
-    flat = jnp.concatenate([jnp.ravel(part) for s in sums for part in _real_parts(s)])
-    flat = _vary_over_all(flat, axis_name)
+    flat = _vary_over_all(_raveled(sums), axis_name)
     if axis_index_groups is None:
         flat = lax.psum(flat, axis_name)
     else:
@@ -173,27 +220,36 @@ def _stacked_sum(sums, axis_name, axis_index_groups) -> list[jax.Array]:
 
 def _group_sum(flat: jax.Array, axis_name: AxisName, groups: Groups) -> jax.Array:
     # psum(axis_index_groups=...) exists neither under shard_map's check_vma nor under
-    # vmap. A table with a row per group does, and so does its derivative. The rows are
-    # selected, not multiplied by 0 or 1: a NaN stays in its own group.
+    # vmap. A table with a row per group does, and so does its derivative.
     group_of = {index: g for g, group in enumerate(groups) for index in group}
     group_of = jnp.asarray([group_of[index] for index in range(len(group_of))])
     own = group_of[lax.axis_index(_names(axis_name)[0])]
-    rows = jnp.expand_dims(jnp.arange(len(groups)) == own, 1)
-    return lax.psum(jnp.where(rows, flat[None], 0), axis_name)[own]
+    return _table(flat, own, len(groups), axis_name)[own]
+
+
+def _table(flat: jax.Array, row: jax.Array, rows: int, axis_name: AxisName):
+    # Selected, not multiplied by 0 or 1: a NaN stays in its own row.
+    own = jnp.expand_dims(jnp.arange(rows) == row, 1)
+    return lax.psum(jnp.where(own, flat[None], 0), axis_name)
 
 
 def _real_parts(array: jax.Array) -> tuple[jax.Array, ...]:
     return (array.real, array.imag) if jnp.iscomplexobj(array) else (array,)
 
 
+def _raveled(arrays: Sequence[jax.Array]) -> jax.Array:
+    return jnp.concatenate([jnp.ravel(part) for a in arrays for part in _real_parts(a)])
+
+
 def _unravel(flat: jax.Array, like: Sequence[jax.Array]) -> list[jax.Array]:
+    """The arrays that `_raveled` made the last axis of."""
     ends = np.cumsum([part.size for array in like for part in _real_parts(array)])
-    pieces = iter(jnp.split(flat, ends[:-1]))
+    pieces = iter(jnp.split(flat, ends[:-1], axis=-1))
     return [
         (
             lax.complex(next(pieces), next(pieces))
             if jnp.iscomplexobj(array)
             else next(pieces)
-        ).reshape(array.shape)
+        ).reshape(flat.shape[:-1] + array.shape)
         for array in like
     ]

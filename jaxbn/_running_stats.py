@@ -109,9 +109,7 @@ def update(
     """
     _check_update(stats, moments, unbiased)
     stats, moments = lax.stop_gradient((stats, moments))
-    old_weight = momentum(stats.step) if callable(momentum) else momentum
-    _check_momentum(old_weight, stats)
-    old_weight = lax.stop_gradient(jnp.asarray(old_weight))
+    keep = old_weight(stats, momentum)
     n = moments.count
     var = moments.var
     if unbiased:
@@ -121,8 +119,8 @@ def update(
         wide = _dtypes.widen(old, new)
         dtype = _dtypes.accumulation(wide.dtype)
         # The two must sum to exactly 1, or errors of one sign pile up over the steps.
-        keep = jnp.asarray(old_weight, dtype)
-        mixed = keep * wide + (1 - keep) * new.astype(wide.dtype)
+        own = jnp.asarray(keep, dtype)
+        mixed = own * wide + (1 - own) * new.astype(wide.dtype)
         return jnp.where(n > 0, mixed, wide).astype(old.dtype)
 
     return RunningStats(
@@ -130,6 +128,13 @@ def update(
         var=blend(stats.var, var),
         step=stats.step + jnp.any(n > 0).astype(stats.step.dtype),
     )
+
+
+def old_weight(stats: RunningStats, momentum: Momentum) -> jax.Array:
+    """What `momentum` is at this step: a scalar or feature vector, without gradient."""
+    value = momentum(stats.step) if callable(momentum) else momentum
+    _check_momentum(value, stats)
+    return lax.stop_gradient(jnp.asarray(value))
 
 
 def cumulative() -> Callable[[jax.Array], jax.Array]:

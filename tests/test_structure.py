@@ -19,7 +19,7 @@ FLOORS = [
     {"_sums"},
     {"_moments", "_normalize"},
     {"_rules"},
-    {"_batch_norm"},
+    {"_batch_norm", "_in_place"},
     {"_running_stats"},
     {"_replicated"},
     {"layers"},

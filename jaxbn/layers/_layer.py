@@ -1,9 +1,14 @@
 """What every layer is: a pair of pure functions."""
 
+import operator
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
-from jax.typing import ArrayLike
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jaxbn import _axes
 
 Params = dict[str, jax.Array]
 
@@ -14,18 +19,9 @@ class Init(Protocol):
     def __call__(self, features: int | tuple[int, ...]) -> tuple[Params, Any]: ...
 
 
-class Apply(Protocol):
-    """`apply(params, state, x, *, training, weights=None) -> (y, state)`."""
-
-    def __call__(
-        self,
-        params: Params,
-        state: Any,
-        x: ArrayLike,
-        *,
-        training: bool,
-        weights: ArrayLike | None = None,
-    ) -> tuple[jax.Array, Any]: ...
+# `apply(params, state, x, *, training, weights=None) -> (y, state)`; some layers take a
+# keyword more, for which Python has no other type.
+Apply = Callable[..., tuple[jax.Array, Any]]
 
 
 class Layer(NamedTuple):
@@ -36,7 +32,8 @@ class Layer(NamedTuple):
         or the lengths of several feature axes; `params` are trained, `state` is not.
       apply: `apply(params, state, x, *, training, weights=None) -> (y, state)`.
         `training` is a Python bool. The new state has the structure, shapes and dtypes
-        of the old one; at inference it is the old one.
+        of the old one; at inference it is the old one. `domain` and `conditional` take
+        one keyword more.
 
     Example:
       >>> import jaxbn
@@ -50,20 +47,55 @@ class Layer(NamedTuple):
     apply: Apply
 
 
-def require_static_training(training: Any) -> None:
-    """Refuses a `training` that is not known while tracing."""
+def init_affine(
+    features: int | tuple[int, ...],
+    use_scale: bool,
+    use_bias: bool,
+    param_dtype: DTypeLike,
+) -> Params:
+    """Scale 1 and bias 0, those of them that are wanted."""
+    shape = _axes.shape(features)
+    params = {}
+    if use_scale:
+        params["scale"] = jnp.ones(shape, param_dtype)
+    if use_bias:
+        params["bias"] = jnp.zeros(shape, param_dtype)
+    return params
+
+
+def require_call(training: Any, params: Params, names: list[str]) -> None:
+    """Refuses a traced `training`, and other parameters than the layer's own."""
     if not isinstance(training, bool):
         raise TypeError(
             f"`training` must be a Python bool, got {training!r}. It chooses between "
             "two programs: close over it, or mark it static in `jax.jit` "
             "(`static_argnames='training'`)."
         )
-
-
-def require_params(params: Params, names: list[str]) -> None:
-    """Refuses parameters that the layer would ignore, and those it would miss."""
     if set(params) != set(names):
         raise ValueError(
             f"`params` has {sorted(params)}, expected {sorted(names)}. Take them from "
             "this layer's `init`; `use_scale` and `use_bias` decide which there are."
         )
+
+
+def require_count(name: str, value: Any) -> int:
+    """Refuses what is no integer of at least 1."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(f"`{name}` must be an integer, got {value!r}.") from None
+    if count < 1:
+        raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    return count
+
+
+def require_one_count(**options: int | None) -> tuple[str, int]:
+    """Name and value of the one option that is given."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if len(given) != 1:
+        raise ValueError(
+            f"Give one of {' and '.join(f'`{name}`' for name in options)}, got "
+            f"{'both' if given else 'neither'}."
+        )
+    ((name, value),) = given.items()
+    return name, require_count(name, value)

@@ -3,11 +3,13 @@
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxbn import _axes, _mesh
-from jaxbn._batch_norm import batch_norm
+from jaxbn import _axes, _dtypes, _mesh
+from jaxbn._batch_norm import batch_norm, normalize_given
 from jaxbn._normalize import normalize
 from jaxbn._running_stats import Momentum, RunningStats, init_stats, update
-from jaxbn.layers._layer import Layer, require_params, require_static_training
+from jaxbn.layers._examples import example_moments
+from jaxbn.layers._layer import Layer, init_affine, require_call
+from jaxbn.layers._mixture import mixture
 
 
 def standard(
@@ -19,6 +21,7 @@ def standard(
     use_bias: bool = True,
     use_fast_variance: bool = True,
     unbiased: bool = False,
+    example_weight: float = 0.0,
     axis_name: _mesh.AxisName | None = None,
     axis_index_groups: _mesh.Groups | None = None,
     dtype: DTypeLike | None = None,
@@ -31,6 +34,12 @@ def standard(
         training:   y, m = batch_norm(x, scale, bias);  state = update(state, m)
         inference:  y = normalize(x, state.mean, state.var, scale, bias)
 
+    With an `example_weight` α, inference mixes each example's own moments x̄ and s² into
+    the running ones:
+
+        mean = (1 − α)·state.mean + α·x̄
+        var  = (1 − α)·state.var + α·s² + α·(1 − α)·(x̄ − state.mean)²
+
     Args:
       feature_axes: The axes of `x` that have statistics and parameters of their own.
       momentum: The weight of the old running statistics: a number, an array, or a
@@ -41,6 +50,9 @@ def standard(
       use_fast_variance: Pass the running mean as `shift`: one pass over `x`, as exact
         as the running mean is near. False takes two passes and is exact from the start.
       unbiased: Track the variance times n/(n − 1).
+      example_weight: α, from 0 to 1. In a batch of m examples each has 1/m of the
+        statistics that it is normalized by; inference comes near to that with an α of
+        about 1/m, which helps networks that were trained on small batches.
       axis_name: Name or names of mapped axes to compute statistics over.
       axis_index_groups: Groups of indices of that axis, each with its own statistics.
       dtype: The output's dtype, by default that of `x`.
@@ -50,9 +62,10 @@ def standard(
 
     Returns:
       A `Layer`. Its state is a `RunningStats`; its `weights` are those of `moments`,
-      and matter in training only.
+      and matter in training, and to each example's own moments.
 
     Raises:
+      ValueError: `example_weight` is not from 0 to 1.
       TypeError: In `apply`: `training` is not a Python bool, or as `batch_norm`.
       ValueError: In `apply`: `params` has other names than the options say, or as
         `batch_norm` and `update`.
@@ -68,27 +81,33 @@ def standard(
       [ 1. 10.] 1
 
     References:
-      Ioffe and Szegedy, "Batch Normalization" (2015).
+      Ioffe and Szegedy, "Batch Normalization" (2015). Singh and Shrivastava, "EvalNorm"
+      (2019), and Summers and Dinneen, "Four Things Everyone Should Know to Improve
+      Batch Normalization" (2020), for `example_weight`: two names of one formula.
     """
-
+    if not 0 <= example_weight <= 1:
+        raise ValueError(
+            "`example_weight` is the weight of an example's own moments at inference, "
+            f"from 0 to 1, got {example_weight}."
+        )
     names = ["scale"] * use_scale + ["bias"] * use_bias
 
     def init(features):
-        state = init_stats(features, dtype=stats_dtype)
-        params = {}
-        if use_scale:
-            params["scale"] = jnp.ones(state.mean.shape, param_dtype)
-        if use_bias:
-            params["bias"] = jnp.zeros(state.mean.shape, param_dtype)
-        return params, state
+        params = init_affine(features, use_scale, use_bias, param_dtype)
+        return params, init_stats(features, dtype=stats_dtype)
 
     def apply(params, state: RunningStats, x, *, training, weights=None):
-        require_static_training(training)
-        require_params(params, names)
+        require_call(training, params, names)
         affine = params.get("scale"), params.get("bias")
         same = {"feature_axes": feature_axes, "epsilon": epsilon, "dtype": dtype}
-        if not training:
+        if not training and not example_weight:
             return normalize(x, state.mean, state.var, *affine, **same), state
+        if not training:
+            x = _dtypes.inexact_array("x", x)
+            axes = _axes.canonical(feature_axes, x.ndim)
+            own = example_moments(x, axes, weights=weights)
+            m = mixture(state, own, example_weight)
+            return normalize_given(x, m, *affine, weights=weights, **same), state
         y, m = batch_norm(
             x,
             *affine,

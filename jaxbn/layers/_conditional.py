@@ -1,0 +1,153 @@
+"""Conditional batch norm: scale and bias that depend on the example."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxbn import _axes, _dtypes, _mesh
+from jaxbn._batch_norm import batch_norm
+from jaxbn._normalize import normalize
+from jaxbn._running_stats import Momentum, RunningStats, init_stats, update
+from jaxbn.layers._examples import example_ids
+from jaxbn.layers._layer import (
+    Layer,
+    Params,
+    init_affine,
+    require_call,
+    require_one_count,
+)
+
+
+def conditional(
+    *,
+    num_classes: int | None = None,
+    embedding_size: int | None = None,
+    feature_axes: _axes.Axes = -1,
+    momentum: Momentum = 0.99,
+    epsilon: float = 1e-5,
+    use_scale: bool = True,
+    use_bias: bool = True,
+    use_fast_variance: bool = True,
+    unbiased: bool = False,
+    axis_name: _mesh.AxisName | None = None,
+    axis_index_groups: _mesh.Groups | None = None,
+    dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike = jnp.float32,
+    stats_dtype: DTypeLike = jnp.float32,
+) -> Layer:
+    """Conditional batch norm: each example is scaled and moved by what it is of.
+
+        x̂ = batch_norm(x)            y[i] = x̂[i] · scale[i] + bias[i]
+        by class:       scale[i] = params["scale"][c]            c the class of i
+        by embedding:   scale[i] = params["scale"] + e @ params["scale_kernel"]
+
+    and bias alike; c or e, the vector of example i, is the `condition`. The statistics
+    are those of the whole batch. All examples are treated alike at first: scales are 1,
+    biases and kernels 0. Differentiable in every mode, to every order.
+
+    Args:
+      num_classes: How many classes there are: the `condition` is integers. Give this or
+        `embedding_size`.
+      embedding_size: The length of embeddings: the `condition` is an array of one for
+        each example.
+      feature_axes: As for `standard`, like all that follow. The first other axis is
+        that of the examples.
+      momentum: The weight of the old running statistics.
+      epsilon: Added to the variance.
+      use_scale: Whether there is a scale.
+      use_bias: Whether there is a bias.
+      use_fast_variance: Pass the running mean as `shift`.
+      unbiased: Track the variance times n/(n − 1).
+      axis_name: Name or names of mapped axes to compute statistics over.
+      axis_index_groups: Groups of indices of that axis.
+      dtype: The output's dtype, by default that of `x`.
+      param_dtype: The dtype of the parameters.
+      stats_dtype: The dtype of the running mean; complex for complex input.
+
+    Returns:
+      A `Layer`. `apply` needs `condition` too: integers from 0 to `num_classes` − 1,
+      one for each example or a scalar for all (the output of any other is NaN), or
+      embeddings of shape (examples, embedding_size). The state is a `RunningStats`.
+
+    Raises:
+      TypeError: `num_classes` or `embedding_size` is no integer. In `apply`: the
+        `condition` is of another kind.
+      ValueError: Both or neither are given, or one is below 1. In `apply`: the
+        `condition` has another shape.
+
+    Example:
+      >>> import jaxbn, jax.numpy as jnp
+      >>> layer = jaxbn.layers.conditional(num_classes=2)
+      >>> params, state = layer.init(1)
+      >>> params["bias"] = jnp.array([[0.0], [10.0]])
+      >>> x, label = jnp.array([[1.0], [3.0]]), jnp.array([0, 1])
+      >>> y, state = layer.apply(params, state, x, condition=label, training=True)
+      >>> print(y[:, 0].round(2))
+      [-1. 11.]
+
+    References:
+      Dumoulin et al., "A Learned Representation for Artistic Style" (2017). De Vries et
+      al., "Modulating early visual processing by language" (2017). Brock et al.,
+      "Large Scale GAN Training for High Fidelity Natural Image Synthesis" (2019).
+    """
+    kind, size = require_one_count(
+        num_classes=num_classes, embedding_size=embedding_size
+    )
+    names = ["scale"] * use_scale + ["bias"] * use_bias
+    by_class = kind == "num_classes"
+    kernels = [] if by_class else [f"{name}_kernel" for name in names]
+
+    def init(features):
+        shape = _axes.shape(features)
+        own = (size, *shape) if by_class else shape
+        params = init_affine(own, use_scale, use_bias, param_dtype)
+        for name in kernels:
+            params[name] = jnp.zeros((size, *shape), param_dtype)
+        return params, init_stats(features, dtype=stats_dtype)
+
+    def affine(params: Params, condition, x, axes) -> list[jax.Array | None]:
+        """Scale and bias of each example."""
+        if by_class:
+            ids = example_ids("condition", condition, x, axes)
+            of_each = {name: _mesh.take_rows(params[name], ids) for name in names}
+        else:
+            e = _embeddings(condition, x, axes, size)
+            of_each = {
+                name: params[name] + jnp.tensordot(e, params[f"{name}_kernel"], 1)
+                for name in names
+            }
+        return [of_each.get("scale"), of_each.get("bias")]
+
+    def apply(
+        params, state: RunningStats, x, *, training, weights=None, condition=None
+    ):
+        require_call(training, params, names + kernels)
+        x = _dtypes.inexact_array("x", x)
+        axes = _axes.canonical(feature_axes, x.ndim)
+        vectors = affine(params, condition, x, axes)
+        same = {"feature_axes": axes, "epsilon": epsilon, "dtype": dtype}
+        if not training:
+            return normalize(x, state.mean, state.var, *vectors, **same), state
+        y, m = batch_norm(
+            x,
+            *vectors,
+            **same,
+            weights=weights,
+            shift=state.mean if use_fast_variance else None,
+            axis_name=axis_name,
+            axis_index_groups=axis_index_groups,
+        )
+        return y, update(state, m, momentum=momentum, unbiased=unbiased)
+
+    return Layer(init, apply)
+
+
+def _embeddings(condition: ArrayLike | None, x, axes, size: int) -> jax.Array:
+    e = _dtypes.inexact_array("condition", condition)
+    expected = x.shape[_axes.batch_axis(axes, x)], size
+    if e.shape != expected:
+        raise ValueError(
+            f"`condition` has shape {e.shape}, expected {expected}: an embedding of "
+            f"length `embedding_size` for each example of `x` (shape {x.shape})."
+        )
+    return e

@@ -1,0 +1,145 @@
+"""Domain-specific batch norm: statistics for each of several kinds of examples."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jaxbn import _axes, _dtypes, _mesh
+from jaxbn._batch_norm import normalize_given
+from jaxbn._moments import Moments, merge_moments
+from jaxbn._running_stats import Momentum, RunningStats, init_stats, update
+from jaxbn.layers._examples import example_ids, example_moments
+from jaxbn.layers._layer import Layer, init_affine, require_call, require_count
+
+
+def domain(
+    *,
+    num_domains: int,
+    shared_affine: bool = False,
+    feature_axes: _axes.Axes = -1,
+    momentum: Momentum = 0.99,
+    epsilon: float = 1e-5,
+    use_scale: bool = True,
+    use_bias: bool = True,
+    use_fast_variance: bool = True,
+    unbiased: bool = False,
+    axis_name: _mesh.AxisName | None = None,
+    dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike = jnp.float32,
+    stats_dtype: DTypeLike = jnp.float32,
+) -> Layer:
+    """Domain-specific batch norm: every domain has statistics of its own.
+
+    With k the domain of example i:
+
+        training:   y[i] = (x[i] − μ_k) / √(var_k + epsilon) · scale_k + bias_k
+                    state_k = update(state_k, μ_k and var_k)      for domains present
+        inference:  the same with the running statistics of domain k
+
+    where μ_k and var_k are the moments of the batch's examples of domain k. One pass
+    over `x` serves all domains. Clean and adversarial examples (AdvProp), weakly and
+    strongly augmented ones (split batch norm), and the domains of domain adaptation
+    are each a choice of ids. Differentiable in every mode, to every order.
+
+    Args:
+      num_domains: How many domains there are.
+      shared_affine: Whether the domains share scale and bias. By default each has its
+        own, and the parameters have a first axis of domains.
+      feature_axes: As for `standard`, like all that follow. The first other axis is
+        that of the examples.
+      momentum: The weight of the old running statistics. A function of the step gets
+        that of each domain.
+      epsilon: Added to the variance.
+      use_scale: Whether `params` has a factor "scale".
+      use_bias: Whether `params` has a summand "bias".
+      use_fast_variance: Pass each domain's running mean as `shift`.
+      unbiased: Track the variance times n/(n − 1), n of each domain.
+      axis_name: Name or names of mapped axes to compute statistics over.
+      dtype: The output's dtype, by default that of `x`.
+      param_dtype: The dtype of the parameters.
+      stats_dtype: The dtype of the running means; complex for complex input.
+
+    Returns:
+      A `Layer`. `apply` needs `domain_ids` too: integers from 0 to `num_domains` − 1,
+      one for each example, or a scalar for all. An example of any other id counts for
+      no domain, and its output is NaN. The state is a `RunningStats` with a first axis
+      of domains, `step` included; that of domains without an example stays.
+
+    Raises:
+      TypeError: `num_domains` is no integer. In `apply`: `domain_ids` are no integers.
+      ValueError: `num_domains` is below 1. In `apply`: `domain_ids` have another shape,
+        or `x` has no axis of examples.
+
+    Example:
+      >>> import jaxbn, jax.numpy as jnp
+      >>> layer = jaxbn.layers.domain(num_domains=2, momentum=0.0)
+      >>> params, state = layer.init(1)
+      >>> x = jnp.array([[1.0], [10.0], [3.0], [30.0]])
+      >>> ids = jnp.array([0, 1, 0, 1])
+      >>> y, state = layer.apply(params, state, x, domain_ids=ids, training=True)
+      >>> print(y[:, 0].round(3), state.mean[:, 0])
+      [-1. -1.  1.  1.] [ 2. 20.]
+
+    References:
+      Chang et al., "Domain-Specific Batch Normalization for Unsupervised Domain
+      Adaptation" (2019). Xie et al., "Adversarial Examples Improve Image Recognition"
+      (2020).
+    """
+    require_count("num_domains", num_domains)
+    names = ["scale"] * use_scale + ["bias"] * use_bias
+
+    def init(features):
+        params = init_affine(features, use_scale, use_bias, param_dtype)
+        state = init_stats(features, dtype=stats_dtype)
+
+        def repeated(tree):
+            return jax.tree.map(lambda a: jnp.stack([a] * num_domains), tree)
+
+        return params if shared_affine else repeated(params), repeated(state)
+
+    def pooled(x, ids, state: RunningStats, weights) -> Moments:
+        """The moments of each domain, stacked."""
+        shift = _mesh.take_rows(state.mean, ids) if use_fast_variance else None
+        axes = _axes.canonical(feature_axes, x.ndim)
+        m = example_moments(x, axes, weights=weights, shift=shift)
+        own = ids == jnp.arange(num_domains).reshape(-1, 1)
+        own = jnp.expand_dims(own, tuple(range(2, m.count.ndim + 1)))
+
+        def pool(own, mean):
+            part = m._replace(count=jnp.where(own, m.count, 0))
+            shift = mean if use_fast_variance else None
+            return merge_moments(part, shift=shift, axis_name=axis_name)
+
+        return jax.vmap(pool)(own, state.mean)
+
+    def apply(
+        params, state: RunningStats, x, *, training, weights=None, domain_ids=None
+    ):
+        require_call(training, params, names)
+        x = _dtypes.inexact_array("x", x)
+        axes = _axes.canonical(feature_axes, x.ndim)
+        ids = example_ids("domain_ids", domain_ids, x, axes)
+        m = pooled(x, ids, state, weights) if training else None
+        mean, var = (m or state)[:2]
+        affine = params.get("scale"), params.get("bias")
+        if not shared_affine:
+            affine = (v if v is None else _mesh.take_rows(v, ids) for v in affine)
+        per_example = (_mesh.take_rows(v, ids) for v in (mean, var))
+        y = normalize_given(
+            x,
+            Moments(*per_example, jnp.ones(())),
+            *affine,
+            feature_axes=axes,
+            epsilon=epsilon,
+            weights=weights,
+            dtype=dtype,
+        )
+        if m is None:
+            return y, state
+
+        def move(state, m):
+            return update(state, m, momentum=momentum, unbiased=unbiased)
+
+        return y, jax.vmap(move)(state, m)
+
+    return Layer(init, apply)

@@ -1,0 +1,47 @@
+"""What differs from example to example: moments, and integer ids."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxbn import _axes
+from jaxbn._moments import Moments, moments
+
+
+def example_moments(
+    x: jax.Array,
+    feature_axes: tuple[int, ...],
+    *,
+    weights: ArrayLike | None = None,
+    shift: jax.Array | None = None,
+) -> Moments:
+    """The moments of each example, stacked along a first axis; `shift` alike."""
+    batch = _axes.batch_axis(feature_axes, x)
+    axes = tuple(sorted((batch, *feature_axes)))
+    place = axes.index(batch)
+    if shift is not None:
+        shift = jnp.moveaxis(shift, 0, place)
+    m = moments(x, feature_axes=axes, weights=weights, shift=shift)
+    mean, var = (jnp.moveaxis(v, place, 0) for v in (m.mean, m.var))
+    if m.count.ndim == 0:
+        return Moments(mean, var, jnp.broadcast_to(m.count, mean.shape[:1]))
+    return Moments(mean, var, jnp.moveaxis(m.count, place, 0))
+
+
+def example_ids(
+    name: str, ids: ArrayLike, x: jax.Array, feature_axes: tuple[int, ...]
+) -> jax.Array:
+    """Integers, one per example: `ids`, or the one id of all."""
+    examples = x.shape[_axes.batch_axis(feature_axes, x)]
+    ids = jnp.asarray(ids)
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise TypeError(
+            f"`{name}` must be integers, got dtype {ids.dtype}. Cast them first, for "
+            f"example `{name}.astype(jnp.int32)`."
+        )
+    if ids.shape not in ((), (examples,)):
+        raise ValueError(
+            f"`{name}` has shape {ids.shape}, expected ({examples},): one for each "
+            f"example of `x` (shape {x.shape}), or () for one that all have."
+        )
+    return jnp.broadcast_to(ids, (examples,))

@@ -1,0 +1,165 @@
+"""Ghost batch norm: statistics of small groups within a batch."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from jaxbn import _axes, _dtypes, _mesh
+from jaxbn._batch_norm import batch_norm
+from jaxbn._moments import Moments, merge_moments
+from jaxbn._running_stats import Momentum, RunningStats, update
+from jaxbn.layers._layer import Layer, require_call, require_one_count
+from jaxbn.layers._partition import Partition, partition
+from jaxbn.layers._standard import standard
+
+
+def ghost(
+    *,
+    group_size: int | None = None,
+    num_groups: int | None = None,
+    strided: bool = False,
+    update_per_group: bool = False,
+    feature_axes: _axes.Axes = -1,
+    momentum: Momentum = 0.99,
+    epsilon: float = 1e-5,
+    use_scale: bool = True,
+    use_bias: bool = True,
+    use_fast_variance: bool = True,
+    unbiased: bool = False,
+    axis_name: _mesh.AxisName | None = None,
+    dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike = jnp.float32,
+    stats_dtype: DTypeLike = jnp.float32,
+    derivatives: str = "vjp",
+) -> Layer:
+    """Ghost batch norm: each group of examples is normalized by its own statistics.
+
+        y[group] = batch_norm(x[group], scale, bias)        for every group
+        state = update(state, merge_moments(those of the groups))
+        inference:  y = normalize(x, state.mean, state.var, scale, bias)
+
+    Groups are of the whole batch, so that they do not depend on how many devices it is
+    spread over. Groups that do not cross devices cost no collective, but for the
+    running statistics.
+
+    Args:
+      group_size: How many examples a group has; it must divide the batch. Give this or
+        `num_groups`.
+      num_groups: How many groups the batch, over all devices, is divided into.
+      strided: False makes groups of neighbours, 0 0 0 1 1 1; True deals examples out in
+        turn, 0 1 0 1 0 1, as tf.keras' `virtual_batch_size` does.
+      update_per_group: False moves the running statistics once, by the moments of all
+        groups pooled. True moves them by each group in turn, as the paper does: one
+        step of `momentum` per group.
+      feature_axes: As for `standard`, like all that follow. The first other axis is
+        that of the examples.
+      momentum: The weight of the old running statistics.
+      epsilon: Added to the variance.
+      use_scale: Whether `params` has a factor "scale".
+      use_bias: Whether `params` has a summand "bias".
+      use_fast_variance: Pass the running mean as `shift`.
+      unbiased: Track the variance times n/(n − 1); n is the size of the whole batch, or
+        of a group with `update_per_group`.
+      axis_name: Name or names of mapped axes that the batch is spread over.
+      dtype: The output's dtype, by default that of `x`.
+      param_dtype: The dtype of the parameters.
+      stats_dtype: The dtype of the running mean; complex for complex input.
+      derivatives: "vjp" or "jvp", as for `batch_norm`.
+
+    Returns:
+      A `Layer`. Its state is a `RunningStats`.
+
+    Raises:
+      TypeError: `group_size` or `num_groups` is no integer.
+      ValueError: Both or neither are given, or one is below 1. In `apply`: the groups
+        do not divide the batch, or the part of it that is on each device.
+
+    Example:
+      >>> import jaxbn, jax.numpy as jnp
+      >>> layer = jaxbn.layers.ghost(group_size=2)
+      >>> params, state = layer.init(1)
+      >>> x = jnp.array([[1.0], [3.0], [10.0], [30.0]])
+      >>> y, state = layer.apply(params, state, x, training=True)
+      >>> print(y[:, 0].round(3))
+      [-1.  1. -1.  1.]
+
+    References:
+      Hoffer, Hubara and Soudry, "Train longer, generalize better" (2017), algorithm 1.
+    """
+    option = require_one_count(group_size=group_size, num_groups=num_groups)
+    rest = standard(
+        feature_axes=feature_axes,
+        epsilon=epsilon,
+        use_scale=use_scale,
+        use_bias=use_bias,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        stats_dtype=stats_dtype,
+    )
+    names = ["scale"] * use_scale + ["bias"] * use_bias
+
+    def moved(state: RunningStats, m: Moments, over: _mesh.AxisName | None):
+        if update_per_group:
+            return _updated_in_turn(state, m, momentum, unbiased)
+        shift = state.mean if use_fast_variance else None
+        m = merge_moments(m, shift=shift, axis_name=over)
+        return update(state, m, momentum=momentum, unbiased=unbiased)
+
+    def apply(params, state: RunningStats, x, *, training, weights=None):
+        require_call(training, params, names)
+        if not training:
+            return rest.apply(params, state, x, training=False)
+        x = _dtypes.inexact_array("x", x)
+        axes = _axes.canonical(feature_axes, x.ndim)
+        groups = partition(x, axes, option, strided=strided, axis_name=axis_name)
+        if weights is not None:
+            weights = _axes.weights_like(weights, x, _dtypes.accumulation(x.dtype))
+            weights = groups.split(weights)
+        y, m = batch_norm(
+            groups.split(x),
+            groups.repeat(params.get("scale")),
+            groups.repeat(params.get("bias")),
+            feature_axes=groups.feature_axes,
+            epsilon=epsilon,
+            weights=weights,
+            shift=groups.repeat(state.mean) if use_fast_variance else None,
+            axis_name=groups.axis_name,
+            axis_index_groups=groups.axis_index_groups,
+            dtype=dtype,
+            derivatives=derivatives,
+        )
+        m, over = _of_all_groups(m, groups, axis_name, gather=update_per_group)
+        return _mesh.reshape_like(y, x), moved(state, m, over)
+
+    return Layer(rest.init, apply)
+
+
+def _of_all_groups(
+    m: Moments, groups: Partition, axis_name: _mesh.AxisName | None, *, gather: bool
+) -> tuple[Moments, _mesh.AxisName | None]:
+    """Moments with the groups first, and the axis that the rest of them are along."""
+    mean, var = (jnp.moveaxis(v, groups.place, 0) for v in (m.mean, m.var))
+    if m.count.ndim == 0:
+        count = jnp.broadcast_to(m.count, mean.shape[:1])
+    else:
+        count = jnp.moveaxis(m.count, groups.place, 0)
+    m = Moments(mean, var, count)
+    if axis_name is None or len(groups.owners) == 1:
+        return m, None
+    if gather:
+        m = Moments(*_mesh.gather(m, axis_name))
+        owners = jnp.asarray(groups.owners)
+        return jax.tree.map(lambda a: jnp.concatenate(a[owners]), m), None
+    # Groups that several devices share are summed over as often.
+    copies = _mesh.axis_size(axis_name) // len(groups.owners)
+    return m._replace(count=count / copies), axis_name
+
+
+def _updated_in_turn(
+    state: RunningStats, m: Moments, momentum: Momentum, unbiased: bool
+) -> RunningStats:
+    def step(state, m):
+        return update(state, m, momentum=momentum, unbiased=unbiased), None
+
+    return lax.scan(step, state, lax.stop_gradient(m))[0]

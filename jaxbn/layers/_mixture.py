@@ -1,0 +1,37 @@
+"""Running statistics and other moments as the parts of one mixture."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxbn import _mesh
+from jaxbn._moments import Moments, merge_moments
+from jaxbn._running_stats import RunningStats
+
+
+def mixture(stats: RunningStats, m: Moments, weight: ArrayLike) -> Moments:
+    """The moments of a mixture: `weight` of `m`, and the rest of `stats`.
+
+        mean = (1 − a)·stats.mean + a·m.mean
+        var  = (1 − a)·stats.var + a·m.var + a·(1 − a)·|m.mean − stats.mean|²
+
+    The mixture is that of `stats` alone where `m` has no weight. `m` may be moments per
+    example. Its count stays.
+    """
+    features = m.mean.shape[m.mean.ndim - stats.mean.ndim :]
+    if features != stats.mean.shape:
+        raise ValueError(
+            f"`state.mean` has shape {stats.mean.shape}, but the features of `x` have "
+            f"the shape {features}. Make the state by `init` for these features."
+        )
+    count = jnp.expand_dims(m.count, tuple(range(m.count.ndim, m.mean.ndim)))
+    own = jnp.where(count > 0, jnp.asarray(weight, count.dtype), 0)
+
+    def stacked(running, new) -> jax.Array:
+        running = jnp.broadcast_to(running, new.shape).astype(new.dtype)
+        return jnp.stack([_mesh.shard_like(running, new), new])
+
+    own = jnp.broadcast_to(own, m.mean.shape)
+    counts = jnp.stack([1 - own, own])
+    both = Moments(stacked(stats.mean, m.mean), stacked(stats.var, m.var), counts)
+    return merge_moments(both)._replace(count=m.count)

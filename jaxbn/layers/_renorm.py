@@ -1,0 +1,182 @@
+"""Batch renormalization: training that normalizes as inference will."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxbn import _axes, _mesh
+from jaxbn._batch_norm import normalize_batch
+from jaxbn._moments import Moments, moments
+from jaxbn._normalize import normalize
+from jaxbn._running_stats import Momentum, RunningStats, init_stats, update
+from jaxbn.layers._layer import Layer, init_affine, require_call
+
+Limit = ArrayLike | Callable[[jax.Array], ArrayLike]
+
+
+class RenormStats(NamedTuple):
+    """Running mean and standard deviation, the state of `renorm`.
+
+    Attributes:
+      mean: Array with the shape of the feature axes.
+      std: Real array of the same shape, an average of √(var + epsilon).
+      step: int32 scalar, the number of updates that had any weight.
+
+    Example:
+      >>> import jaxbn
+      >>> _, state = jaxbn.layers.renorm().init(2)
+      >>> print(state.mean, state.std, state.step)
+      [0. 0.] [1. 1.] 0
+    """
+
+    mean: jax.Array
+    std: jax.Array
+    step: jax.Array
+
+
+def renorm(
+    *,
+    r_max: Limit = 3.0,
+    d_max: Limit = 5.0,
+    feature_axes: _axes.Axes = -1,
+    momentum: Momentum = 0.99,
+    epsilon: float = 1e-5,
+    use_scale: bool = True,
+    use_bias: bool = True,
+    use_fast_variance: bool = True,
+    axis_name: _mesh.AxisName | None = None,
+    axis_index_groups: _mesh.Groups | None = None,
+    dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike = jnp.float32,
+    stats_dtype: DTypeLike = jnp.float32,
+    derivatives: str = "vjp",
+) -> Layer:
+    """Batch renormalization: batch norm, corrected towards the running statistics.
+
+    With the batch's mean μ_B and σ_B = √(var + epsilon), and the running μ and σ:
+
+        r = clip(σ_B / σ, 1/r_max, r_max)      d = clip((μ_B − μ) / σ, −d_max, d_max)
+        training:   y = ((x − μ_B) / σ_B · r + d) · scale + bias
+                    μ, σ = momentum·(μ, σ) + (1 − momentum)·(μ_B, σ_B)
+        inference:  y = (x − μ) / σ · scale + bias
+
+    No gradient passes r and d. Where nothing is clipped, training gives what inference
+    gives with the statistics before the update, however small the batch; with r = 1 and
+    d = 0 (`r_max=1`, `d_max=0`) it is batch norm. At first the running statistics know
+    nothing: let the limits grow from there, as the paper does, by schedules such as
+    `optax.linear_schedule(1.0, 3.0, 35_000, transition_begin=5_000)`.
+
+    Args:
+      r_max: The largest r, and 1 over the smallest: a number of at least 1 (`jnp.inf`
+        clips nothing), or a function of the step.
+      d_max: The largest |d|: a number of at least 0, or a function of the step.
+      feature_axes: As for `standard`, like all that follow.
+      momentum: The weight of the old running statistics.
+      epsilon: Added to the variance.
+      use_scale: Whether `params` has a factor "scale".
+      use_bias: Whether `params` has a summand "bias".
+      use_fast_variance: Pass the running mean as `shift`.
+      axis_name: Name or names of mapped axes to compute statistics over.
+      axis_index_groups: Groups of indices of that axis.
+      dtype: The output's dtype, by default that of `x`.
+      param_dtype: The dtype of the parameters.
+      stats_dtype: The dtype of the running mean; complex for complex input, where d is
+        clipped in its magnitude.
+      derivatives: "vjp" or "jvp", as for `batch_norm`.
+
+    Returns:
+      A `Layer`. Its state is a `RenormStats`.
+
+    Raises:
+      ValueError: `r_max` is below 1 or `d_max` below 0.
+      TypeError: In `apply`, as `standard`.
+
+    Example:
+      >>> import jaxbn, jax.numpy as jnp
+      >>> layer = jaxbn.layers.renorm(r_max=jnp.inf, d_max=jnp.inf)
+      >>> params, state = layer.init(1)
+      >>> x = jnp.array([[1.0], [3.0]])
+      >>> y, _ = layer.apply(params, state, x, training=True)
+      >>> print(y[:, 0], layer.apply(params, state, x, training=False)[0][:, 0])
+      [1. 3.] [1. 3.]
+
+    References:
+      Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in
+      Batch-Normalized Models" (2017).
+    """
+    _require_limit("r_max", r_max, 1)
+    _require_limit("d_max", d_max, 0)
+    names = ["scale"] * use_scale + ["bias"] * use_bias
+
+    def init(features):
+        stats = init_stats(features, dtype=stats_dtype)
+        params = init_affine(features, use_scale, use_bias, param_dtype)
+        return params, RenormStats(*stats)
+
+    def correction(state: RenormStats, m: Moments, std) -> tuple[jax.Array, jax.Array]:
+        state, m, std = lax.stop_gradient((state, m, std))
+        most_r, most_d = (_at(limit, state.step) for limit in (r_max, d_max))
+        r = jnp.clip(std / state.std, 1 / most_r, most_r)
+        return r, _clip((m.mean - state.mean) / state.std, most_d)
+
+    def apply(params, state: RenormStats, x, *, training, weights=None):
+        require_call(training, params, names)
+        scale, bias = params.get("scale"), params.get("bias")
+        same = {"feature_axes": feature_axes, "dtype": dtype}
+        if not training:
+            var = jnp.square(state.std)
+            return normalize(x, state.mean, var, scale, bias, epsilon=0, **same), state
+        over = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
+        m = moments(
+            x,
+            feature_axes=feature_axes,
+            weights=weights,
+            shift=state.mean if use_fast_variance else None,
+            **over,
+        )
+        std = jnp.sqrt(lax.stop_gradient(m.var) + epsilon)
+        r, d = correction(state, m, std)
+        y = normalize_batch(
+            x,
+            m,
+            r if scale is None else r * scale,
+            _affine(d, scale, bias),
+            weights=weights,
+            epsilon=epsilon,
+            derivatives=derivatives,
+            **over,
+            **same,
+        )
+        # A standard deviation is averaged as a variance is.
+        old, new = RunningStats(*state), m._replace(var=std)
+        return y, RenormStats(*update(old, new, momentum=momentum))
+
+    return Layer(init, apply)
+
+
+def _affine(d, scale, bias) -> jax.Array:
+    d = d if scale is None else d * scale
+    return d if bias is None else d + bias
+
+
+def _at(limit: Limit, step: jax.Array) -> jax.Array:
+    return jnp.asarray(limit(step) if callable(limit) else limit)
+
+
+def _clip(d: jax.Array, most: jax.Array) -> jax.Array:
+    if not jnp.iscomplexobj(d):
+        return jnp.clip(d, -most, most)
+    size = jnp.abs(d)
+    return jnp.where(size > most, d * (most / jnp.where(size > 0, size, 1)), d)
+
+
+def _require_limit(name: str, limit: Limit, least: float) -> None:
+    if isinstance(limit, (int, float)) and not limit >= least:
+        raise ValueError(
+            f"`{name}` must be at least {least}, got {limit}. With r_max=1 and d_max=0 "
+            "the layer is batch norm; `jnp.inf` clips nothing."
+        )

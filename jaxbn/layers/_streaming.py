@@ -1,0 +1,129 @@
+"""Batch norm by running statistics, in training too."""
+
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from jaxbn import _axes, _mesh
+from jaxbn._batch_norm import normalize_given
+from jaxbn._moments import moments
+from jaxbn._running_stats import (
+    Momentum,
+    RunningStats,
+    debiased,
+    old_weight,
+    update,
+)
+from jaxbn.layers._layer import Layer, require_call
+from jaxbn.layers._mixture import mixture
+from jaxbn.layers._standard import standard
+
+
+def streaming(
+    *,
+    feature_axes: _axes.Axes = -1,
+    momentum: Momentum = 0.99,
+    epsilon: float = 1e-5,
+    use_scale: bool = True,
+    use_bias: bool = True,
+    axis_name: _mesh.AxisName | None = None,
+    axis_index_groups: _mesh.Groups | None = None,
+    dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike = jnp.float32,
+    stats_dtype: DTypeLike = jnp.float32,
+) -> Layer:
+    """Batch norm by the running statistics also in training, for the smallest batches.
+
+    The state is the mean and variance of everything seen so far, older batches weighing
+    less; the batch at hand is part of it. With the momentum k of this step, and the
+    batch's mean μ_B and variance var_B:
+
+        mean ← k·mean + (1 − k)·μ_B
+        var  ← k·var + (1 − k)·var_B + k·(1 − k)·|μ_B − mean|²
+        y = (x − mean) / √(var + epsilon) · scale + bias        in training and after
+
+    The last term of var is the variance between batches, without which a batch of one
+    example would have none. The average is debiased: at every step, from the first on,
+    batch t − j weighs momentumʲ / Σ momentumʲ, and the initial 0 and 1 nothing. The
+    gradient passes through the batch's part of mean and var. It is differentiable in
+    every mode, to every order.
+
+    Args:
+      feature_axes: As for `standard`, like all that follow but `momentum`.
+      momentum: The weight of the old statistics: a number, which is debiased, or a
+        function of the step, taken as it is: `cumulative()` weighs all batches alike.
+      epsilon: Added to the variance.
+      use_scale: Whether `params` has a factor "scale".
+      use_bias: Whether `params` has a summand "bias".
+      axis_name: Name or names of mapped axes to compute statistics over.
+      axis_index_groups: Groups of indices of that axis.
+      dtype: The output's dtype, by default that of `x`.
+      param_dtype: The dtype of the parameters.
+      stats_dtype: The dtype of the running mean; complex for complex input.
+
+    Returns:
+      A `Layer`. Its state is a `RunningStats`.
+
+    Raises:
+      ValueError: `momentum` is not in [0, 1).
+      TypeError: `momentum` is an array. In `apply`, as `standard`.
+
+    Example:
+      >>> import jaxbn, jax.numpy as jnp
+      >>> layer = jaxbn.layers.streaming(momentum=jaxbn.cumulative())
+      >>> params, state = layer.init(1)
+      >>> for value in (1.0, 3.0, 5.0):  # one example at a time
+      ...     x = jnp.array([[value]])
+      ...     y, state = layer.apply(params, state, x, training=True)
+      >>> print(state.mean, state.var)
+      [3.] [2.6666667]
+
+    References:
+      Chiley et al., "Online Normalization for Training Neural Networks" (2019). West,
+      "Updating mean and variance estimates" (1979). `equinox.nn.BatchNorm(mode="ema")`
+      and praxis' `use_moving_avg_in_training`, which leave the variance between batches
+      out.
+    """
+    if not callable(momentum):
+        if not isinstance(momentum, (int, float)):
+            raise TypeError(
+                "`momentum` must be a number or a function of the step, got "
+                f"{momentum!r}. Debiasing takes one momentum for all features."
+            )
+        momentum = debiased(momentum)
+    rest = standard(
+        feature_axes=feature_axes,
+        epsilon=epsilon,
+        use_scale=use_scale,
+        use_bias=use_bias,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        stats_dtype=stats_dtype,
+    )
+    names = ["scale"] * use_scale + ["bias"] * use_bias
+
+    def apply(params, state: RunningStats, x, *, training, weights=None):
+        require_call(training, params, names)
+        if not training:
+            return rest.apply(params, state, x, training=False)
+        m = moments(
+            x,
+            feature_axes=feature_axes,
+            weights=weights,
+            axis_name=axis_name,
+            axis_index_groups=axis_index_groups,
+        )
+        now = mixture(lax.stop_gradient(state), m, 1 - old_weight(state, momentum))
+        y = normalize_given(
+            x,
+            now,
+            params.get("scale"),
+            params.get("bias"),
+            feature_axes=feature_axes,
+            epsilon=epsilon,
+            weights=weights,
+            dtype=dtype,
+        )
+        return y, update(state, now, momentum=0.0)
+
+    return Layer(rest.init, apply)
