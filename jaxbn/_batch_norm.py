@@ -114,8 +114,8 @@ def normalize_batch(
     if derivatives not in ("vjp", "jvp"):
         raise ValueError(f"`derivatives` must be 'vjp' or 'jvp', got {derivatives!r}.")
     static, *operands = checked_operands(x, m, scale, bias, **options)
-    _, scale, bias, _ = operands
-    if any(_axes.is_per_example(v, static.feature_axes) for v in (scale, bias)):
+    vectors = operands[1:3]
+    if any(_axes.is_per_example(v, static.feature_axes) for v in vectors):
         # Their cotangents are no channel sums: the plain composition.
         return _rules.normalize_hidden(static, *operands)
     form = _rules.vjp_form if derivatives == "vjp" else _rules.jvp_form

@@ -1,6 +1,7 @@
 """What the linen and the nnx module share: from Flax's fields to a layer."""
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -9,24 +10,28 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxbn import _axes, _dtypes, _mesh, layers
-from jaxbn._running_stats import RunningStats
+
+LATE_MOMENTUM = (
+    "`momentum` became a function of the step after the module was made, so that no "
+    "step was counted. Pass it to the constructor."
+)
 
 
-def standard(module: Any, **given: Any) -> layers.Layer:
-    """`layers.standard` as the fields of a module say, and before them `given`."""
+def layer(make: Callable[..., layers.Layer], module: Any, **given: Any):
+    """The layer that `make` makes of the module's fields, and before them of `given`.
+
+    A field and an option of the same name are the same thing.
+    """
     options = {
-        "momentum": module.momentum,
-        "epsilon": module.epsilon,
-        "use_scale": module.use_scale,
-        "use_bias": module.use_bias,
-        "use_fast_variance": module.use_fast_variance,
-        "unbiased": module.unbiased,
-        "axis_name": module.axis_name,
-        # Flax ignores groups of no axis: one switch turns synchronizing off.
-        "axis_index_groups": module.axis_name and module.axis_index_groups,
-        "derivatives": module.derivatives,
+        name: getattr(module, name)
+        for name in inspect.signature(make).parameters
+        if hasattr(module, name)
     }
-    return layers.standard(**(options | given))
+    options |= given
+    if options.get("axis_name") is None and "axis_index_groups" in options:
+        # Flax ignores groups of no axis: one switch turns synchronizing off.
+        options["axis_index_groups"] = None
+    return make(**options)
 
 
 def hashable(axis, axis_name, axis_index_groups) -> tuple:
@@ -46,15 +51,14 @@ def is_training(use_running_average: Any) -> bool:
     return not use_running_average
 
 
-def affine(scale: jax.Array | None, bias: jax.Array | None) -> dict[str, jax.Array]:
+def state(kind: type, values: dict[str, jax.Array], like: Any) -> Any:
+    """The layer's state. Only what is a function of the step needs the step kept."""
+    return kind(**{"step": jnp.zeros(like.step.shape, jnp.int32)} | values)
+
+
+def as_dict(**arrays: jax.Array | None) -> dict[str, jax.Array]:
     """The layer's parameters: those that the module has."""
-    given = {"scale": scale, "bias": bias}
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def stats(mean: jax.Array, var: jax.Array, step: jax.Array | None) -> RunningStats:
-    """The layer's state. Only a momentum that is a function needs the step kept."""
-    return RunningStats(mean, var, jnp.zeros((), jnp.int32) if step is None else step)
+    return {name: value for name, value in arrays.items() if value is not None}
 
 
 def as_inexact(x: Any) -> jax.Array:
@@ -70,14 +74,15 @@ def feature_axes(axis: _axes.Axes, ndim: int) -> tuple[int, ...]:
 
 
 def require_features(
-    name: str, shape: tuple[int, ...], x: jax.Array, axes: tuple[int, ...]
+    name: str, mean: jax.Array, expected: Any, x: jax.Array, axes: tuple[int, ...]
 ) -> None:
-    """Refuses an `x` of other features than the module has."""
-    if shape != _axes.lengths(x, axes):
+    """Refuses an `x` of other features than the module has statistics of."""
+    if jnp.shape(mean) != expected.shape:
+        leading = len(expected.shape) - len(axes)
         raise ValueError(
-            f"`{name}` is for features of shape {shape}, but `x` of shape {x.shape} "
-            f"has {_axes.lengths(x, axes)} along `axis`, {axes}. Make the module for "
-            "these features, or name another `axis`."
+            f"`{name}` is for features of shape {jnp.shape(mean)[leading:]}, but `x` "
+            f"of shape {x.shape} has {_axes.lengths(x, axes)} along `axis`, {axes}. "
+            "Make the module for these features, or name another `axis`."
         )
 
 

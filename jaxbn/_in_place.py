@@ -35,9 +35,9 @@ class Activation(NamedTuple):
         if self.name == "leaky_relu":
             return jnp.where(z >= 0, z, z / self.slope)
         if self.name == "elu":
-            # Where e^y is rounded away, z is −1, whose logarithm is −∞: the largest y
-            # of which that is so.
-            lowest = -1 + float(jnp.finfo(dtype).epsneg) / 2
+            # Where e^y was rounded away, z is −1, whose logarithm is −∞. The next
+            # number stands in for it; there φ′ is 0 in any case.
+            lowest = -1 + float(jnp.finfo(dtype).epsneg)
             return jnp.where(z > 0, z, jnp.log1p(jnp.clip(z, lowest, 0)))
         return z
 
@@ -56,8 +56,7 @@ class Static(NamedTuple):
     x_dtype: Any
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def in_place_form(static: Static, x, scale, bias, given: _rules.Given) -> jax.Array:
+def _output(static: Static, x, scale, bias, given: _rules.Given) -> jax.Array:
     """φ(batch norm of x), given its own moments. `scale` must be positive."""
     wide = static.rule._replace(dtype=_dtypes.widen(x, scale, bias).dtype)
     z = static.activation(_rules.normalize_hidden(wide, x, scale, bias, given))
@@ -71,7 +70,7 @@ def _rounded(z: jax.Array) -> jax.Array:
 
 
 def _fwd(static: Static, x, scale, bias, given: _rules.Given):
-    z = in_place_form.fun(static, x, scale, bias, given)
+    z = _output(static, x, scale, bias, given)
     return z, (z, scale, bias, given)
 
 
@@ -99,4 +98,5 @@ def _bwd(static: Static, residuals, c):
     return _rules.as_cotangent(dx, z).astype(static.x_dtype), dscale, dbias, None
 
 
+in_place_form = jax.custom_vjp(_output, nondiff_argnums=(0,))
 in_place_form.defvjp(_fwd, _bwd)

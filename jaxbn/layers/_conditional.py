@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
 from jaxbn import _axes, _dtypes, _mesh
 from jaxbn._batch_norm import batch_norm
@@ -113,7 +113,8 @@ def conditional(
         else:
             e = _embeddings(condition, x, axes, size)
             of_each = {
-                name: params[name] + jnp.tensordot(e, params[f"{name}_kernel"], 1)
+                name: jnp.expand_dims(params[name], 0)
+                + jnp.tensordot(e, params[f"{name}_kernel"], 1)
                 for name in names
             }
         return [of_each.get("scale"), of_each.get("bias")]
@@ -142,7 +143,7 @@ def conditional(
     return Layer(init, apply)
 
 
-def _embeddings(condition: ArrayLike | None, x, axes, size: int) -> jax.Array:
+def _embeddings(condition, x, axes, size: int) -> jax.Array:
     e = _dtypes.inexact_array("condition", condition)
     expected = x.shape[_axes.batch_axis(axes, x)], size
     if e.shape != expected:

@@ -1,5 +1,7 @@
 """Domain-specific batch norm: statistics for each of several kinds of examples."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -99,10 +101,10 @@ def domain(
 
     def pooled(x, ids, state: RunningStats, weights) -> Moments:
         """The moments of each domain, stacked."""
-        shift = _mesh.take_rows(state.mean, ids) if use_fast_variance else None
+        shift = _of_each(state.mean, ids) if use_fast_variance else None
         axes = _axes.canonical(feature_axes, x.ndim)
         m = example_moments(x, axes, weights=weights, shift=shift)
-        own = ids == jnp.arange(num_domains).reshape(-1, 1)
+        own = jnp.expand_dims(ids, 0) == jnp.arange(num_domains).reshape(-1, 1)
         own = jnp.expand_dims(own, tuple(range(2, m.count.ndim + 1)))
 
         def pool(own, mean):
@@ -121,14 +123,14 @@ def domain(
         ids = example_ids("domain_ids", domain_ids, x, axes)
         m = pooled(x, ids, state, weights) if training else None
         mean, var = (m or state)[:2]
-        affine = params.get("scale"), params.get("bias")
+        scale, bias = params.get("scale"), params.get("bias")
         if not shared_affine:
-            affine = (v if v is None else _mesh.take_rows(v, ids) for v in affine)
-        per_example = (_mesh.take_rows(v, ids) for v in (mean, var))
+            scale, bias = _of_each(scale, ids), _of_each(bias, ids)
         y = normalize_given(
             x,
-            Moments(*per_example, jnp.ones(())),
-            *affine,
+            Moments(_of_each(mean, ids), _of_each(var, ids), jnp.ones(())),
+            scale,
+            bias,
             feature_axes=axes,
             epsilon=epsilon,
             weights=weights,
@@ -143,3 +145,8 @@ def domain(
         return y, jax.vmap(move)(state, m)
 
     return Layer(init, apply)
+
+
+def _of_each(table: Any, ids: jax.Array) -> Any:
+    """A row for each example; None stays None."""
+    return table if table is None else _mesh.take_rows(table, ids)

@@ -29,10 +29,12 @@ def example_moments(
 
 
 def example_ids(
-    name: str, ids: ArrayLike, x: jax.Array, feature_axes: tuple[int, ...]
+    name: str, ids: ArrayLike | None, x: jax.Array, feature_axes: tuple[int, ...]
 ) -> jax.Array:
     """Integers, one per example: `ids`, or the one id of all."""
     examples = x.shape[_axes.batch_axis(feature_axes, x)]
+    if ids is None:
+        raise TypeError(f"`{name}` is needed: an integer for each example.")
     ids = jnp.asarray(ids)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(

@@ -14,8 +14,9 @@ from flax.nnx.nn.dtypes import canonicalize_dtype, promote_dtype
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from jax.typing import ArrayLike
 
-from jaxbn import _axes, _flax_fields, _mesh
-from jaxbn._running_stats import Momentum, init_stats
+from jaxbn import _axes, _flax_fields, _mesh, layers
+from jaxbn._running_stats import Momentum, RunningStats, init_stats
+from jaxbn.nnx._variant import NOT_GIVEN
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -49,6 +50,8 @@ class BatchNorm(nnx.BatchNorm):
         what it makes of mean and var is not used.
       unbiased: Track the variance times n/(n − 1).
       derivatives: "vjp" or "jvp", as for `jaxbn.batch_norm`.
+      example_weight: Weight of an example's own moments at inference, as for
+        `jaxbn.layers.standard`.
       (others): As in `flax.nnx.BatchNorm`.
 
     Raises:
@@ -92,6 +95,7 @@ class BatchNorm(nnx.BatchNorm):
         scale_metadata: Mapping[str, Any] = MappingProxyType({}),
         unbiased: bool = False,
         derivatives: str = "vjp",
+        example_weight: float = 0.0,
     ):
         features = _axes.shape(num_features, "num_features")
         axis, axis_name, axis_index_groups = _flax_fields.hashable(
@@ -124,6 +128,7 @@ class BatchNorm(nnx.BatchNorm):
         self.num_features = features if np.ndim(num_features) else features[0]
         self.unbiased = unbiased
         self.derivatives = derivatives
+        self.example_weight = example_weight
         complex_ = jnp.issubdtype(param_dtype, jnp.complexfloating)
         stats = init_stats(features, dtype=param_dtype if complex_ else jnp.float32)
         self.mean, self.var = nnx.BatchStat(stats.mean), nnx.BatchStat(stats.var)
@@ -143,7 +148,7 @@ class BatchNorm(nnx.BatchNorm):
           use_running_average: Inference if True, training if False; takes precedence
             over the constructor's, `train()` and `eval()`.
           mask: Boolean mask or non-negative weights that broadcast against `x`: which
-            positions the statistics are of. Matters in training only.
+            positions the statistics are of.
 
         Returns:
           An array of the shape of `x`.
@@ -151,37 +156,33 @@ class BatchNorm(nnx.BatchNorm):
         use_running_average = first_from(
             use_running_average,
             self.use_running_average,
-            error_msg="`use_running_average` was given neither to the constructor of "
-            "BatchNorm nor to the call. Pass True (inference) or False (training), or "
-            "call `train()` or `eval()` on the model.",
+            error_msg=NOT_GIVEN,
         )
         training = _flax_fields.is_training(use_running_average)
         if callable(self.momentum) and self.step is None:
-            raise ValueError(
-                "`momentum` became a function of the step after the module was made, "
-                "so that no step was counted. Pass it to the constructor."
-            )
+            raise ValueError(_flax_fields.LATE_MOMENTUM)
         x = _flax_fields.as_inexact(x)
         axes = _flax_fields.feature_axes(self.axis, x.ndim)
-        _flax_fields.require_features("num_features", self.mean.shape, x, axes)
+        features = _axes.lengths(x, axes)
+        expected = jax.eval_shape(lambda: init_stats(features))
+        mean = self.mean[...]
+        _flax_fields.require_features("num_features", mean, expected.mean, x, axes)
         x, scale, bias, dtype = self._promoted(x)
-        if training:
-            _flax_fields.require_mask(mask, x)
+        _flax_fields.require_mask(mask, x)
 
-        layer = _flax_fields.standard(
+        layer = _flax_fields.layer(
+            layers.standard,
             self,
             feature_axes=axes,
             dtype=dtype,
             use_scale=scale is not None,
             use_bias=bias is not None,
         )
+        step = None if self.step is None else self.step[...]
+        stats = _flax_fields.as_dict(mean=mean, var=self.var[...], step=step)
         y, new = layer.apply(
-            _flax_fields.affine(scale, bias),
-            _flax_fields.stats(
-                self.mean[...],
-                self.var[...],
-                None if self.step is None else self.step[...],
-            ),
+            _flax_fields.as_dict(scale=scale, bias=bias),
+            _flax_fields.state(RunningStats, stats, expected),
             x,
             training=training,
             weights=mask,

@@ -1,0 +1,176 @@
+"""From a layer to a linen module: where its parameters and statistics live."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import canonicalize_dtype
+from flax.typing import Dtype, Initializer
+from jax.typing import ArrayLike
+
+from jaxbn import _axes, _flax_fields, _mesh, layers
+from jaxbn._running_stats import Momentum
+
+
+class Adapter(nn.Module):
+    """Holds the variables of a layer and calls its `apply`."""
+
+    @nn.nowrap
+    def _layer(self, **given: Any) -> layers.Layer:
+        raise NotImplementedError
+
+    @nn.nowrap
+    def _of_the_step(self) -> tuple:
+        """What may be a function of the step, which then is kept."""
+        return (self.momentum,)  # type: ignore  (a field of every module)
+
+    @nn.nowrap
+    def _stats_dtype(self) -> Any:
+        return jnp.float32
+
+    @nn.nowrap
+    def _initializer(self, name: str) -> Initializer:
+        """`scale_init` for "scale", `kernel_init` for "scale_kernel"."""
+        return getattr(self, f"{name.rpartition('_')[2]}_init")
+
+    @nn.nowrap
+    def _run(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None,
+        mask: ArrayLike | None,
+        **inputs: Any,
+    ) -> jax.Array:
+        """What `__call__` does."""
+        use_running_average = nn.merge_param(
+            "use_running_average", self.use_running_average, use_running_average
+        )
+        training = _flax_fields.is_training(use_running_average)
+        initializing = self.is_initializing()
+        given, x = x, _flax_fields.as_inexact(x)
+        axes = _flax_fields.feature_axes(self.axis, x.ndim)
+        dtype = self._stats_dtype()
+        if jnp.iscomplexobj(x):
+            dtype = jnp.promote_types(dtype, jnp.complex64)
+        plan = self._layer(feature_axes=axes, stats_dtype=dtype)
+        features = _axes.lengths(x, axes)
+        params, state = jax.eval_shape(lambda: plan.init(features))
+
+        stats = self._stats(plan, features, state, training)
+        mean = stats["mean"].value
+        _flax_fields.require_features("batch_stats", mean, state.mean, x, axes)
+        x = _flax_fields.like_mean(x, mean, "Initialize with a complex `x`.")
+        _flax_fields.require_mask(mask, x)
+        params = {
+            name: self.param(name, self._initializer(name), like.shape, like.dtype)
+            for name, like in params.items()
+        }
+        like = x if jnp.iscomplexobj(x) else given
+        alone = {"axis_name": None} if initializing else {}
+        out = canonicalize_dtype(like, *params.values(), dtype=self.dtype)
+        layer = self._layer(feature_axes=axes, dtype=out, **alone)
+        wide = {name: self._widened(v.value) for name, v in stats.items()}
+        old = _flax_fields.state(type(state), wide, state)
+        y, new = layer.apply(params, old, x, training=training, weights=mask, **inputs)
+        if training and not initializing:
+            for name, variable in stats.items():
+                variable.value = getattr(new, name)
+        return y
+
+    @nn.nowrap
+    def _stats(self, layer: layers.Layer, features, state: Any, training: bool) -> dict:
+        """The variables of `batch_stats`, by their names."""
+        names = list(state._fields)
+        given = self.has_variable("batch_stats", "mean")
+        if not any(callable(value) for value in self._of_the_step()):
+            names.remove("step")
+        elif given and not self.has_variable("batch_stats", "step"):
+            if training:
+                # From 0 on, a debiased average would forget the old statistics.
+                raise ValueError(
+                    "`momentum`, or another field, is a function of the step, but "
+                    "`batch_stats` has a mean and no `step`: it comes from a module "
+                    "where it was a number. Add `step`, an int32 scalar, the number "
+                    "of updates so far."
+                )
+            names.remove("step")
+
+        def initial(name: str) -> jax.Array:
+            return getattr(layer.init(features)[1], name)
+
+        return {n: self.variable("batch_stats", n, initial, n) for n in names}
+
+    @nn.nowrap
+    def _widened(self, statistic: ArrayLike) -> jax.Array:
+        """A statistic that was restored in a narrower dtype, in the one it has here.
+
+        In bfloat16 a running mean stops where 1 % of a step is below its resolution.
+        """
+        statistic = jnp.asarray(statistic)
+        if not jnp.issubdtype(statistic.dtype, jnp.inexact):
+            return statistic
+        real = jnp.finfo(self._stats_dtype()).dtype
+        return statistic.astype(jnp.promote_types(statistic.dtype, real))
+
+
+class Variant(Adapter):
+    """The fields of every variant, as in `flax.linen.BatchNorm`.
+
+    Attributes:
+      use_running_average: Inference if True, training if False; here or in the call.
+      axis: The feature axis or axes of the input.
+      momentum: Weight of the old statistics: a number, an array, or a function of the
+        number of updates; then `batch_stats` has a leaf `step`.
+      epsilon: Added to the variance.
+      dtype: The output's dtype; by default that of input and parameters together.
+      param_dtype: The dtype of the parameters.
+      use_bias: Whether there is a bias.
+      use_scale: Whether there is a scale.
+      bias_init: Initializer of the bias.
+      scale_init: Initializer of the scale.
+      axis_name: Name or names of mapped axes to compute statistics over.
+    """
+
+    use_running_average: bool | None = None
+    axis: _axes.Axes = -1
+    momentum: Momentum = 0.99
+    epsilon: float = 1e-5
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = nn.initializers.zeros
+    scale_init: Initializer = nn.initializers.ones
+    axis_name: _mesh.AxisName | None = None
+
+    def __post_init__(self):
+        """Makes the fields hashable."""
+        groups = getattr(self, "axis_index_groups", None)
+        self.axis, self.axis_name, groups = _flax_fields.hashable(
+            self.axis, self.axis_name, groups
+        )
+        if groups is not None:
+            self.axis_index_groups = groups
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        mask: ArrayLike | None = None,
+    ) -> jax.Array:
+        """Normalizes `x`, and updates the statistics where `batch_stats` is mutable.
+
+        Args:
+          x: The input.
+          use_running_average: Inference if True, training if False; here or as a field.
+          mask: Boolean mask or non-negative weights that broadcast against `x`: which
+            positions the statistics are of.
+
+        Returns:
+          An array of the shape of `x`.
+        """
+        return self._run(x, use_running_average, mask)

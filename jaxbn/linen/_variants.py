@@ -1,0 +1,264 @@
+"""The variants of batch norm as linen modules: fields of their own, and their layer."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax.typing import Initializer
+from jax.typing import ArrayLike
+
+from jaxbn import _flax_fields, _mesh, layers
+from jaxbn.layers._renorm import Limit
+from jaxbn.linen._adapter import Variant
+
+
+class GhostBatchNorm(Variant):
+    """Ghost batch norm: groups of examples, normalized each by its own statistics.
+
+    It computes what `jaxbn.layers.ghost` does. While it is initialized, all examples
+    are one group, so that a batch of any size will do.
+
+    Attributes:
+      group_size: How many examples a group has. Give this or `num_groups`.
+      num_groups: How many groups the batch, over all devices, is divided into.
+      strided: Deal examples out in turn, instead of making groups of neighbours.
+      update_per_group: Move the statistics by each group in turn, not by all pooled.
+      use_fast_variance: Pass the running mean as `shift`.
+      unbiased: Track the variance times n/(n − 1).
+      derivatives: "vjp" or "jvp", as for `jaxbn.batch_norm`.
+      (others): As in `flax.linen.BatchNorm`.
+
+    Example:
+      >>> import jax, jaxbn, jax.numpy as jnp
+      >>> layer = jaxbn.linen.GhostBatchNorm(False, group_size=2)
+      >>> x = jnp.array([[1.0], [3.0], [10.0], [30.0]])
+      >>> y, _ = layer.init_with_output(jax.random.key(0), x)
+      >>> variables = layer.init(jax.random.key(0), x)
+      >>> y, new = layer.apply(variables, x, mutable=["batch_stats"])
+      >>> print(y[:, 0].round(3))
+      [-1.  1. -1.  1.]
+
+    References:
+      Hoffer, Hubara and Soudry, "Train longer, generalize better" (2017).
+    """
+
+    group_size: int | None = None
+    num_groups: int | None = None
+    strided: bool = False
+    update_per_group: bool = False
+    use_fast_variance: bool = True
+    unbiased: bool = False
+    derivatives: str = "vjp"
+
+    @nn.nowrap
+    def _layer(self, **given: Any) -> layers.Layer:
+        make = layers.standard if self.is_initializing() else layers.ghost
+        return _flax_fields.layer(make, self, **given)
+
+
+class BatchRenorm(Variant):
+    """Batch renormalization: batch norm, corrected towards the running statistics.
+
+    It computes what `jaxbn.layers.renorm` does. `batch_stats` has "mean" and "std", and
+    "step" if `momentum`, `r_max` or `d_max` is a function of it.
+
+    Attributes:
+      r_max: The largest factor between the batch's standard deviation and the running
+        one, at least 1; or a function of the step.
+      d_max: The largest distance of the means in standard deviations; or a function of
+        the step.
+      use_fast_variance: Pass the running mean as `shift`.
+      axis_index_groups: Groups of indices of `axis_name`.
+      derivatives: "vjp" or "jvp", as for `jaxbn.batch_norm`.
+      (others): As in `flax.linen.BatchNorm`.
+
+    Example:
+      >>> import jax, jaxbn, jax.numpy as jnp
+      >>> layer = jaxbn.linen.BatchRenorm(False)
+      >>> variables = layer.init(jax.random.key(0), jnp.ones((4, 2)))
+      >>> sorted(variables["batch_stats"])
+      ['mean', 'std']
+
+    References:
+      Ioffe, "Batch Renormalization" (2017).
+    """
+
+    r_max: Limit = 3.0
+    d_max: Limit = 5.0
+    use_fast_variance: bool = True
+    axis_index_groups: _mesh.Groups | None = None
+    derivatives: str = "vjp"
+
+    @nn.nowrap
+    def _layer(self, **given: Any) -> layers.Layer:
+        return _flax_fields.layer(layers.renorm, self, **given)
+
+    @nn.nowrap
+    def _of_the_step(self) -> tuple:
+        return self.momentum, self.r_max, self.d_max
+
+
+class DomainBatchNorm(Variant):
+    """Domain-specific batch norm: statistics for each of several kinds of examples.
+
+    It computes what `jaxbn.layers.domain` does; its variables have a first axis of
+    domains.
+
+    Attributes:
+      num_domains: How many domains there are.
+      shared_affine: Whether the domains share scale and bias.
+      use_fast_variance: Pass each domain's running mean as `shift`.
+      unbiased: Track the variance times n/(n − 1).
+      (others): As in `flax.linen.BatchNorm`.
+
+    Example:
+      >>> import jax, jaxbn, jax.numpy as jnp
+      >>> layer = jaxbn.linen.DomainBatchNorm(False, num_domains=2)
+      >>> x, ids = jnp.array([[1.0], [10.0], [3.0], [30.0]]), jnp.array([0, 1, 0, 1])
+      >>> y, _ = layer.init_with_output(jax.random.key(0), x, domain_ids=ids)
+      >>> print(y[:, 0].round(3))
+      [-1. -1.  1.  1.]
+
+    References:
+      Chang et al., "Domain-Specific Batch Normalization" (2019).
+    """
+
+    num_domains: int = 2
+    shared_affine: bool = False
+    use_fast_variance: bool = True
+    unbiased: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        domain_ids: ArrayLike,
+        mask: ArrayLike | None = None,
+    ) -> jax.Array:
+        """Normalizes `x`; `domain_ids` are integers, one per example or one for all."""
+        return self._run(x, use_running_average, mask, domain_ids=domain_ids)
+
+    @nn.nowrap
+    def _layer(self, **given: Any) -> layers.Layer:
+        return _flax_fields.layer(layers.domain, self, **given)
+
+
+class ConditionalBatchNorm(Variant):
+    """Conditional batch norm: scale and bias that depend on the example.
+
+    It computes what `jaxbn.layers.conditional` does.
+
+    Attributes:
+      num_classes: How many classes there are. Give this or `embedding_size`.
+      embedding_size: The length of embeddings.
+      kernel_init: Initializer of "scale_kernel" and "bias_kernel", for embeddings.
+      use_fast_variance: Pass the running mean as `shift`.
+      unbiased: Track the variance times n/(n − 1).
+      axis_index_groups: Groups of indices of `axis_name`.
+      (others): As in `flax.linen.BatchNorm`.
+
+    Example:
+      >>> import jax, jaxbn, jax.numpy as jnp
+      >>> layer = jaxbn.linen.ConditionalBatchNorm(False, num_classes=10)
+      >>> x, label = jnp.ones((4, 3)), jnp.array([1, 2, 3, 4])
+      >>> variables = layer.init(jax.random.key(0), x, condition=label)
+      >>> variables["params"]["scale"].shape
+      (10, 3)
+
+    References:
+      De Vries et al., "Modulating early visual processing by language" (2017).
+    """
+
+    num_classes: int | None = None
+    embedding_size: int | None = None
+    kernel_init: Initializer = nn.initializers.zeros
+    use_fast_variance: bool = True
+    unbiased: bool = False
+    axis_index_groups: _mesh.Groups | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        condition: ArrayLike,
+        mask: ArrayLike | None = None,
+    ) -> jax.Array:
+        """Normalizes `x`; `condition` is a class or an embedding for each example."""
+        return self._run(x, use_running_average, mask, condition=condition)
+
+    @nn.nowrap
+    def _layer(self, **given: Any) -> layers.Layer:
+        return _flax_fields.layer(layers.conditional, self, **given)
+
+
+class StreamingBatchNorm(Variant):
+    """Batch norm by the running statistics also in training, for the smallest batches.
+
+    It computes what `jaxbn.layers.streaming` does. `batch_stats` always has a `step`.
+
+    Attributes:
+      momentum: The weight of the old statistics: a number, which is debiased, or a
+        function of the step.
+      axis_index_groups: Groups of indices of `axis_name`.
+      (others): As in `flax.linen.BatchNorm`.
+
+    Example:
+      >>> import jax, jaxbn, jax.numpy as jnp
+      >>> layer = jaxbn.linen.StreamingBatchNorm(False)
+      >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 2)))
+      >>> sorted(variables["batch_stats"])
+      ['mean', 'step', 'var']
+
+    References:
+      Chiley et al., "Online Normalization for Training Neural Networks" (2019).
+    """
+
+    axis_index_groups: _mesh.Groups | None = None
+
+    @nn.nowrap
+    def _layer(self, **given: Any) -> layers.Layer:
+        return _flax_fields.layer(layers.streaming, self, **given)
+
+    @nn.nowrap
+    def _of_the_step(self) -> tuple:
+        return (layers.streaming,)  # Debiasing is: whatever `momentum` is.
+
+
+class InPlaceBatchNorm(Variant):
+    """Batch norm and an activation, of which the backward pass keeps only the output.
+
+    It computes what `jaxbn.layers.in_place` does; when not to use it is said there.
+
+    Attributes:
+      activation: "leaky_relu", "elu" or "identity".
+      negative_slope: The slope of leaky ReLU below 0.
+      use_fast_variance: Pass the running mean as `shift`.
+      unbiased: Track the variance times n/(n − 1).
+      axis_index_groups: Groups of indices of `axis_name`.
+      (others): As in `flax.linen.BatchNorm`.
+
+    Example:
+      >>> import jax, jaxbn, jax.numpy as jnp
+      >>> layer = jaxbn.linen.InPlaceBatchNorm(False, negative_slope=0.1)
+      >>> x = jnp.array([[1.0], [3.0]])
+      >>> y, _ = layer.init_with_output(jax.random.key(0), x)
+      >>> print(y[:, 0].round(3))
+      [-0.1  1. ]
+
+    References:
+      Rota Bulò, Porzi and Kontschieder, "In-Place Activated BatchNorm" (2018).
+    """
+
+    activation: str = "leaky_relu"
+    negative_slope: float = 0.01
+    use_fast_variance: bool = True
+    unbiased: bool = False
+    axis_index_groups: _mesh.Groups | None = None
+
+    @nn.nowrap
+    def _layer(self, **given: Any) -> layers.Layer:
+        return _flax_fields.layer(layers.in_place, self, **given)
