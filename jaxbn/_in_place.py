@@ -64,9 +64,13 @@ def _output(static: Static, x, scale, bias, given: _rules.Given) -> jax.Array:
 
 
 def _rounded(z: jax.Array) -> jax.Array:
-    # XLA may keep more digits of an intermediate than its dtype has: what the backward
-    # pass gets would then be a second, wide array beside the output.
-    return lax.optimization_barrier(z) if jnp.finfo(z.dtype).bits < 32 else z
+    """z, as the one array that is both returned and kept."""
+    # XLA may keep more digits of an intermediate than its dtype has, or compute it anew
+    # from x: what the backward pass gets is then another array beside the output. Which
+    # of the two operations it needs to be told by differs between CPU and GPU.
+    info = jnp.finfo(z.dtype)
+    z = lax.reduce_precision(z, info.nexp, info.nmant)
+    return lax.optimization_barrier(z) if info.bits < 32 else z
 
 
 def _fwd(static: Static, x, scale, bias, given: _rules.Given):

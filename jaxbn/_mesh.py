@@ -114,6 +114,33 @@ def reshape_like(array: jax.Array, like: jax.Array) -> jax.Array:
     return lax.reshape(array, like.shape, out_sharding=sharding)
 
 
+def repeat_along(
+    vector: jax.Array, place: int, like: jax.Array, axis: int
+) -> jax.Array:
+    """`vector` with a new axis, as long, and on explicit meshes sharded, as `like`'s.
+
+    The vector's cotangent is then summed over the devices, and not gathered.
+    """
+    shape = (*vector.shape[:place], like.shape[axis], *vector.shape[place:])
+    sharding, of_like = jax.typeof(vector).sharding, jax.typeof(like).sharding
+    along = of_like.spec[axis] if of_like.spec else None
+    spec = [*sharding.spec, *[None] * (vector.ndim - len(sharding.spec))]
+    spec.insert(place, along)
+    sharding = of_like.update(spec=P(*spec)) if along is not None else None
+    return jnp.broadcast_to(
+        jnp.expand_dims(vector, place), shape, out_sharding=sharding
+    )
+
+
+def whole_along_first(array: jax.Array) -> jax.Array:
+    """`array`, its first axis not sharded, where meshes are explicit: scan wants that."""
+    sharding = jax.typeof(array).sharding
+    if not sharding.spec or sharding.spec[0] is None:
+        return array
+    spec = P(None, *sharding.spec[1:])
+    return jax.sharding.reshard(array, sharding.update(spec=spec))
+
+
 def take_rows(table: jax.Array, index: jax.Array) -> jax.Array:
     """`table[index]`; NaN where there is no such row (an index below 0 included)."""
     rows, features = jax.typeof(index).sharding, jax.typeof(table).sharding

@@ -116,14 +116,15 @@ def ghost(
         if weights is not None:
             weights = _axes.weights_like(weights, x, _dtypes.accumulation(x.dtype))
             weights = groups.split(weights)
+        split = groups.split(x)
         y, m = batch_norm(
-            groups.split(x),
-            groups.repeat(params.get("scale")),
-            groups.repeat(params.get("bias")),
+            split,
+            groups.repeat(params.get("scale"), split),
+            groups.repeat(params.get("bias"), split),
             feature_axes=groups.feature_axes,
             epsilon=epsilon,
             weights=weights,
-            shift=groups.repeat(state.mean) if use_fast_variance else None,
+            shift=groups.repeat(state.mean, split) if use_fast_variance else None,
             axis_name=groups.axis_name,
             axis_index_groups=groups.axis_index_groups,
             dtype=dtype,
@@ -162,4 +163,5 @@ def _updated_in_turn(
     def step(state, m):
         return update(state, m, momentum=momentum, unbiased=unbiased), None
 
-    return lax.scan(step, state, lax.stop_gradient(m))[0]
+    m = jax.tree.map(_mesh.whole_along_first, lax.stop_gradient(m))
+    return lax.scan(step, state, m)[0]

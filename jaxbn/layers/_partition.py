@@ -35,13 +35,11 @@ class Partition(NamedTuple):
             return jnp.expand_dims(array, self.batch)
         return _mesh.split_axis(array, self.batch, self.sizes)
 
-    def repeat(self, vector: jax.Array | None) -> jax.Array | None:
-        """A feature vector, once for each group."""
+    def repeat(self, vector: jax.Array | None, x: jax.Array) -> jax.Array | None:
+        """A feature vector, once for each group of `x`, which is split."""
         if vector is None:
             return None
-        groups = self.sizes[self.feature_axes[self.place] - self.batch]
-        shape = (*vector.shape[: self.place], groups, *vector.shape[self.place :])
-        return jnp.broadcast_to(jnp.expand_dims(vector, self.place), shape)
+        return _mesh.repeat_along(vector, self.place, x, self.feature_axes[self.place])
 
 
 def partition(

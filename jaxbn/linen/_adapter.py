@@ -64,7 +64,7 @@ class Adapter(nn.Module):
         _flax_fields.require_mask(mask, x)
         params = {
             name: self.param(name, self._initializer(name), like.shape, like.dtype)
-            for name, like in params.items()
+            for name, like in sorted(params.items(), reverse=True)  # as in Flax
         }
         like = x if jnp.iscomplexobj(x) else given
         alone = {"axis_name": None} if initializing else {}
