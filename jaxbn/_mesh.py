@@ -133,7 +133,7 @@ def repeat_along(
 
 
 def whole_along_first(array: jax.Array) -> jax.Array:
-    """`array`, its first axis not sharded, where meshes are explicit: scan wants that."""
+    """`array`, its first axis not sharded, on explicit meshes: for a scan."""
     sharding = jax.typeof(array).sharding
     if not sharding.spec or sharding.spec[0] is None:
         return array

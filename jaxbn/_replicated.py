@@ -13,7 +13,6 @@ from jax.experimental import multihost_utils
 
 from jaxbn import _mesh
 from jaxbn._moments import moments
-from jaxbn._running_stats import RunningStats
 
 
 def sync_stats(stats: Any, axis_name: _mesh.AxisName) -> Any:
@@ -30,8 +29,8 @@ def sync_stats(stats: Any, axis_name: _mesh.AxisName) -> Any:
     network learns, normalized by the statistics of parts, is something else.
 
     Args:
-      stats: `RunningStats`, or a tree of dicts and lists that holds them or Flax's
-        `batch_stats` (dicts with "mean" and "var", and maybe "step").
+      stats: The state of a layer, or a tree of dicts and lists that holds such or
+        Flax's `batch_stats` (dicts with "mean" and "var" or "std", and maybe "step").
       axis_name: Name or names of mapped axes to pool over.
 
     Returns:
@@ -55,11 +54,13 @@ def sync_stats(stats: Any, axis_name: _mesh.AxisName) -> Any:
       https://en.wikipedia.org/wiki/Law_of_total_variance
     """
     _mesh.require_bound(axis_name)
-    if isinstance(stats, RunningStats):
-        return RunningStats(**_pooled(stats._asdict(), axis_name))
+    if hasattr(stats, "_asdict"):
+        return type(stats)(**sync_stats(stats._asdict(), axis_name))
     if isinstance(stats, Mapping):
-        if {"mean", "var"} <= set(stats) <= {"mean", "var", "step"}:
+        if set(stats) - {"step"} == {"mean", "var"}:
             return _pooled(stats, axis_name)
+        if set(stats) - {"step"} == {"mean", "std"}:
+            return _pooled_std(stats, axis_name)
         return {name: sync_stats(part, axis_name) for name, part in stats.items()}
     if type(stats) in (list, tuple):
         return type(stats)(sync_stats(part, axis_name) for part in stats)
@@ -127,16 +128,25 @@ def _pooled(stats: Mapping[str, jax.Array], axis_name: _mesh.AxisName) -> dict:
 
     def over_devices(vector):
         features = tuple(range(1, vector.ndim + 1))
+        own = (1, *weight.shape, *[1] * (vector.ndim - weight.ndim))  # each domain's
         return moments(
             vector[None],
             feature_axes=features,
-            weights=jnp.expand_dims(weight, (0, *features)),
+            weights=weight.reshape(own),
             axis_name=axis_name,
         )
 
     between, within = over_devices(stats["mean"]), over_devices(stats["var"])
     pooled |= {"mean": between.mean, "var": within.mean + between.var}
     return {name: pooled[name].astype(old.dtype) for name, old in stats.items()}
+
+
+def _pooled_std(stats: Mapping[str, jax.Array], axis_name: _mesh.AxisName) -> dict:
+    """The state of batch renormalization: pooled as variances are."""
+    rest = {name: value for name, value in stats.items() if name != "std"}
+    pooled = _pooled(rest | {"var": jnp.square(stats["std"])}, axis_name)
+    std = jnp.sqrt(pooled.pop("var"))
+    return pooled | {"std": std}
 
 
 def _copies(name: str, leaf: Any, stacked: bool) -> dict[int, np.ndarray]:

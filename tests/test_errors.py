@@ -9,6 +9,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
+from jaxbn import layers
 from jaxbn.interop import tf_nn
 
 X = jnp.ones((4, 3))
@@ -31,6 +32,12 @@ def linen(x=X, *args, mask=None, variables=None, **fields):
 def nnx_(x=X, num_features=3, mask=None, **options):
     """The same of an nnx module."""
     return jaxbn.nnx.BatchNorm(num_features, rngs=nnx.Rngs(0), **options)(x, mask=mask)
+
+
+def trained(layer, x=X, features=3, **given):
+    """A step of a layer that was just initialized."""
+    params, state = layer.init(features)
+    return layer.apply(params, state, x, training=True, **given)
 
 
 # What is called, the kind of error, and words of its message in their order.
@@ -319,6 +326,140 @@ CASES = {
         lambda: nnx_(num_features=3.0),
         TypeError,
         ["`num_features` must be an integer", "3.0"],
+    ),
+    "ghost without groups": (
+        lambda: layers.ghost(),
+        ValueError,
+        ["`group_size` and `num_groups`", "neither"],
+    ),
+    "ghost with both": (
+        lambda: layers.ghost(group_size=2, num_groups=2),
+        ValueError,
+        ["`group_size` and `num_groups`", "both"],
+    ),
+    "ghost of no integer": (
+        lambda: layers.ghost(group_size=2.0),
+        TypeError,
+        ["`group_size` must be an integer", "2.0"],
+    ),
+    "groups that do not divide": (
+        lambda: trained(layers.ghost(group_size=3)),
+        ValueError,
+        ["`group_size` is 3", "does not divide", "4 examples"],
+    ),
+    "groups that do not divide over devices": (
+        lambda: jax.vmap(
+            lambda x: trained(layers.ghost(num_groups=3, axis_name="i"), x),
+            axis_name="i",
+        )(jnp.ones((2, 6, 3))),
+        ValueError,
+        ["`num_groups` is 3", "6 examples on each of 2 devices"],
+    ),
+    "ghost without examples": (
+        lambda: trained(
+            layers.ghost(group_size=1, feature_axes=(0, 1)), features=(4, 3)
+        ),
+        ValueError,
+        ["`x` of shape (4, 3) has no axis of examples", "(0, 1)"],
+    ),
+    "r_max below 1": (
+        lambda: layers.renorm(r_max=0.5),
+        ValueError,
+        ["`r_max` must be at least 1", "0.5", "batch norm"],
+    ),
+    "d_max below 0": (
+        lambda: layers.renorm(d_max=-1),
+        ValueError,
+        ["`d_max` must be at least 0", "-1"],
+    ),
+    "no domains": (
+        lambda: layers.domain(num_domains=0),
+        ValueError,
+        ["`num_domains` must be at least 1", "0"],
+    ),
+    "ids of another dtype": (
+        lambda: trained(layers.domain(num_domains=2), domain_ids=jnp.ones(4)),
+        TypeError,
+        ["`domain_ids` must be integers", "float32", "astype"],
+    ),
+    "ids of another shape": (
+        lambda: trained(layers.domain(num_domains=2), domain_ids=jnp.ones(3, int)),
+        ValueError,
+        ["`domain_ids` has shape (3,)", "expected (4,)", "(4, 3)"],
+    ),
+    "ids left out": (
+        lambda: trained(layers.domain(num_domains=2)),
+        TypeError,
+        ["`domain_ids` is needed"],
+    ),
+    "classes of another dtype": (
+        lambda: trained(layers.conditional(num_classes=2), condition=jnp.ones(4)),
+        TypeError,
+        ["`condition` must be integers", "float32"],
+    ),
+    "embedding of another size": (
+        lambda: trained(layers.conditional(embedding_size=2), condition=X),
+        ValueError,
+        ["`condition` has shape (4, 3)", "expected (4, 2)", "`embedding_size`"],
+    ),
+    "embedding of integers": (
+        lambda: trained(
+            layers.conditional(embedding_size=2), condition=jnp.ones((4, 2), int)
+        ),
+        TypeError,
+        ["`condition` must be floating", "int32"],
+    ),
+    "conditional on nothing": (
+        lambda: layers.conditional(),
+        ValueError,
+        ["`num_classes` and `embedding_size`", "neither"],
+    ),
+    "activation that cannot be inverted": (
+        lambda: layers.in_place(activation="relu"),
+        ValueError,
+        ["`activation` must be one that can be inverted", "elu", "'relu'"],
+    ),
+    "slope that cannot be inverted": (
+        lambda: layers.in_place(negative_slope=0.0),
+        ValueError,
+        ["`negative_slope` must be above 0", "0.0"],
+    ),
+    "complex numbers in place": (
+        lambda: trained(layers.in_place(), X.astype(C.dtype)),
+        TypeError,
+        ["`x` is complex", "`in_place` is real"],
+    ),
+    "example weight above 1": (
+        lambda: layers.standard(example_weight=2.0),
+        ValueError,
+        ["`example_weight`", "from 0 to 1", "2.0"],
+    ),
+    "momentum of streaming per feature": (
+        lambda: layers.streaming(momentum=V),
+        TypeError,
+        ["`momentum` must be a number or a function", "all features"],
+    ),
+    "streaming of other features": (
+        lambda: trained(layers.streaming(), features=2),
+        ValueError,
+        ["`state.mean` has shape (2,)", "(3,)", "`init`"],
+    ),
+    "linen ghost without groups": (
+        lambda: jaxbn.linen.GhostBatchNorm(True).apply({}, X),
+        ValueError,
+        ["`group_size` and `num_groups`", "neither"],
+    ),
+    "nnx renorm of a wrong limit": (
+        lambda: jaxbn.nnx.BatchRenorm(3, r_max=0.0, rngs=nnx.Rngs(0)),
+        ValueError,
+        ["`r_max` must be at least 1"],
+    ),
+    "nnx domain of other features": (
+        lambda: jaxbn.nnx.DomainBatchNorm(2, num_domains=5, rngs=nnx.Rngs(0))(
+            X, domain_ids=0
+        ),
+        ValueError,
+        ["`num_features`", "(2,)", "(4, 3)", "(3,)"],
     ),
     "sync_stats over no axis": (
         lambda: jaxbn.sync_stats(STATS, "data"),

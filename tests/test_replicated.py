@@ -12,6 +12,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
+from jaxbn import layers
 
 
 def mesh():
@@ -131,3 +132,25 @@ def test_assert_replicated_refuses_sharded_and_traced_arrays():
     with pytest.raises(TypeError, match="traced"):
         jax.jit(jaxbn.assert_replicated)(X)
     jaxbn.assert_replicated({"key": jax.random.key(0), "n": 3, "name": np.ones(2)})
+
+
+def test_the_family_s_states_are_pooled():
+    """Renorm's standard deviation as variances are; each domain by its own devices."""
+    renorm = layers.RenormStats(jnp.zeros(1), jnp.ones(1), jnp.ones((), jnp.int32))
+    stds = jnp.array([3.0, 4.0]).reshape(2, 1)
+    means = jnp.array([1.0, -1.0]).reshape(2, 1)
+    pool = lambda mean, std: jaxbn.sync_stats(renorm._replace(mean=mean, std=std), "i")
+    got = jax.vmap(pool, axis_name="i")(means, stds)
+    assert isinstance(got, layers.RenormStats)
+    assert_close(got.mean, np.zeros((2, 1)), atol=1e-6)
+    assert_close(got.std, np.full((2, 1), (12.5 + 1) ** 0.5), 1e-6)
+
+    _, state = layers.domain(num_domains=2).init(1)
+    steps = jnp.array([[1, 0], [3, 2]])  # the first device has not seen domain 1
+    values = jnp.array([[[1.0], [9.0]], [[3.0], [5.0]]])
+    pool = lambda mean, step: jaxbn.sync_stats(
+        state._replace(mean=mean, step=step), "i"
+    )
+    got = jax.vmap(pool, axis_name="i")(values, steps)
+    assert_close(got.mean[0, :, 0], [2.0, 5.0], 1e-6)
+    np.testing.assert_array_equal(got.step[0], [3, 2])

@@ -45,8 +45,11 @@ def in_place(
     Do not use it where scales come near to 0 (where they start at 0, or weight decay
     pulls them there): x̂ is recovered with the rounding error of z over |scale|. In
     bfloat16 the gradient of scale is off by about 1e-2 at |scale| = 0.1, and by 0.4 at
-    0.01. Nor where the sign of the scale matters, as in most trained checkpoints. The
-    alternative is `jax.checkpoint` with a policy that keeps the outputs of the
+    0.01. Nor where the sign of the scale matters, as in most trained checkpoints. With
+    ELU, what lies below −17 (in bfloat16 −6) all has the output −1, and there the
+    gradient of x is that of the −17.
+
+    The alternative is `jax.checkpoint` with a policy that keeps the outputs of the
     convolutions and computes batch norm and activation again:
     `jax.checkpoint_policies.save_only_these_names("conv")`, with the outputs named by
     `jax.ad_checkpoint.checkpoint_name(y, "conv")`.

@@ -1,0 +1,217 @@
+"""What each layer of the family must hold, beyond its formula."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+from data import assert_close, numbers, wide
+
+import jaxbn
+from jaxbn import layers
+
+
+def steps(layer, batches, weights=None, **given):
+    """The outputs and states of training on one batch after the other."""
+    params, state = layer.init(batches[0].shape[-1])
+    step = jax.jit(partial(layer.apply, training=True))
+    out = []
+    for i, x in enumerate(batches):
+        y, state = step(params, state, x, weights=weights and weights[i], **given)
+        out.append((y, state))
+    return out
+
+
+# Ghost
+
+
+def test_one_group_is_batch_norm():
+    x = numbers((8, 3), "float32")
+    ghost, standard = layers.ghost(num_groups=1), layers.standard()
+    got, expected = steps(ghost, [x, 2 * x]), steps(standard, [x, 2 * x])
+    jax.tree.map(partial(assert_close, rtol=1e-5, atol=1e-6), got, expected)
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_one_step_per_group(strided):
+    x = numbers((6, 3), "float32")
+    layer = layers.ghost(
+        group_size=2,
+        strided=strided,
+        update_per_group=True,
+        momentum=0.5,
+        unbiased=True,
+    )
+    ((_, state),) = steps(layer, [x])
+    expected = jaxbn.init_stats(3)
+    for group in x.reshape(2, 3, 3).swapaxes(0, 1) if strided else x.reshape(3, 2, 3):
+        m = jaxbn.moments(group)
+        expected = jaxbn.update(expected, m, momentum=0.5, unbiased=True)
+    jax.tree.map(partial(assert_close, rtol=1e-5), state, expected)
+    assert state.step == 3
+
+
+def test_pooled_statistics_are_those_of_the_batch():
+    x = numbers((6, 3), "float32")
+    ((_, state),) = steps(layers.ghost(group_size=2, momentum=0.0, unbiased=True), [x])
+    assert_close(state.mean, wide(x).mean(0), 1e-5)
+    assert_close(state.var, wide(x).var(0, ddof=1), 1e-5)
+
+
+# Renorm
+
+
+def test_r_1_and_d_0_are_batch_norm():
+    x = numbers((8, 3), "float32")
+    got = steps(layers.renorm(r_max=1, d_max=0), [x, 2 * x])
+    expected = steps(layers.standard(), [x, 2 * x])
+    for (y, _), (y_standard, _) in zip(got, expected, strict=True):
+        assert_close(y, y_standard, 1e-5, 1e-6)
+    assert set(got[0][1]._fields) == {"mean", "std", "step"}
+
+
+@pytest.mark.parametrize("rows", [2, 8])
+def test_unclipped_training_is_inference_before_the_update(rows):
+    layer = layers.renorm(r_max=jnp.inf, d_max=jnp.inf, momentum=0.5)
+    params, state = layer.init(3)
+    for seed in range(4):
+        x = numbers((rows, 5, 3), "float32", seed)
+        before, _ = layer.apply(params, state, x, training=False)
+        y, state = layer.apply(params, state, x, training=True)
+        assert_close(y, before, 1e-4, 1e-4)
+
+
+def test_limits_follow_schedules():
+    r_max = optax.linear_schedule(1.0, 3.0, 2, 1)
+    d_max = optax.linear_schedule(0.0, 5.0, 2, 1)
+    x = numbers((8, 3), "float32", mean=7.0, std=9.0)
+    layer = layers.renorm(r_max=r_max, d_max=d_max)
+    params, state = layer.init(3)
+    for step, limits in enumerate([(1, 0), (1, 0), (2, 2.5), (3, 5), (3, 5)]):
+        assert state.step == step
+        expected, _, _ = oracle.renorm(wide(x), *map(wide, state[:2]), limits)
+        y, state = layer.apply(params, state, x, training=True)
+        assert_close(y, expected, 1e-4, 1e-4)
+
+
+def test_no_gradient_passes_r_and_d():
+    """With r and d constant, a constant added to x cancels; through d it would not."""
+    layer = layers.renorm(r_max=jnp.inf, d_max=jnp.inf)
+    params, state = layer.init(3)
+    x = numbers((8, 3), "float32")
+    output = lambda t: jnp.sum(layer.apply(params, state, x + t, training=True)[0])
+    assert_close(jax.grad(output)(0.0), 0.0, atol=1e-4)
+
+
+# Streaming
+
+
+@pytest.mark.parametrize("rows", [(1, 1, 1, 1), (1, 4, 2, 3)])
+@pytest.mark.parametrize("mean", [0.0, 1e3])
+def test_no_start_up_error_at_any_step(rows, mean):
+    batches = [
+        numbers((n, 3), "float32", seed, mean, 1.0) for seed, n in enumerate(rows)
+    ]
+    weights = [np.ones((n, 1), np.float32) for n in rows]
+    found = steps(layers.streaming(momentum=0.9), batches)
+    for i, (y, state) in enumerate(found, 1):
+        m = oracle.exponential(batches[:i], weights[:i], 0.9)
+        assert_close(state.mean, m.mean[0], 1e-5, 1e-5)
+        assert_close(state.var, m.var[0], 1e-3, 1e-5)
+        expected = oracle.normalize(batches[i - 1], m.mean, m.var)
+        assert_close(y, expected, 3e-2 if mean else 1e-3, 3e-2 if mean else 1e-3)
+
+
+def test_cumulative_streaming_is_the_population():
+    batches = [numbers((2, 3), "float32", seed) for seed in range(5)]
+    _, state = steps(layers.streaming(momentum=jaxbn.cumulative()), batches)[-1]
+    everything = np.concatenate([wide(b) for b in batches])
+    assert_close(state.mean, everything.mean(0), 1e-5)
+    assert_close(state.var, everything.var(0), 1e-5)
+
+
+# Domain and conditional
+
+
+def test_absent_domains_keep_their_state_bit_for_bit():
+    layer = layers.domain(num_domains=3, momentum=jaxbn.debiased(0.9))
+    params, state = layer.init(2)
+    x, ids = numbers((4, 2), "float32"), jnp.array([0, 2, 2, 0])
+    _, first = layer.apply(params, state, x, domain_ids=ids, training=True)
+    _, second = layer.apply(params, first, 3 * x, domain_ids=1, training=True)
+    np.testing.assert_array_equal(first.step, [1, 0, 1])
+    np.testing.assert_array_equal(second.step, [1, 1, 1])
+    kept = jax.tree.map(lambda a: a[jnp.array([0, 2])], (first, second))
+    jax.tree.map(np.testing.assert_array_equal, *kept)
+
+
+def test_a_domain_is_a_batch_norm_of_its_own():
+    x, ids = numbers((6, 5, 2), "float32"), np.array([1, 0, 1, 1, 0, 0])
+    layer = layers.domain(num_domains=2, momentum=0.5, unbiased=True)
+    ((y, state),) = steps(layer, [x], domain_ids=ids)
+    for k in (0, 1):
+        own = layers.standard(momentum=0.5, unbiased=True)
+        ((y_k, state_k),) = steps(own, [x[ids == k]])
+        assert_close(y[ids == k], y_k, 1e-5, 1e-5)
+        of_k = [leaf[k] for leaf in state]
+        for got, expected in zip(of_k, state_k, strict=True):
+            assert_close(got, expected, 1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_ids_out_of_range_are_not_taken_for_others(training):
+    x, ids = numbers((4, 2), "float32"), jnp.array([0, 1, 2, -1])
+    for layer, given in [
+        (layers.domain(num_domains=2), {"domain_ids": ids}),
+        (layers.conditional(num_classes=2), {"condition": ids}),
+    ]:
+        params, state = layer.init(2)
+        y, new = layer.apply(params, state, x, training=training, **given)
+        np.testing.assert_array_equal(np.isnan(y).all(1), [False, False, True, True])
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(new))
+
+
+# Inference options
+
+
+@pytest.mark.parametrize("alpha", [0.1, 1.0])
+@pytest.mark.parametrize("masked", [False, True])
+def test_example_weight_mixes_raw_moments(alpha, masked):
+    """ "Four Things" averages E[x] and E[x²]."""
+    layer = layers.standard(example_weight=alpha)
+    params, state = layer.init(3)
+    state = state._replace(mean=state.mean + 0.5, var=state.var * 2)
+    x = numbers((4, 5, 3), "float32")
+    w = np.arange(20).reshape(4, 5, 1) % 3 > 0 if masked else np.ones((4, 5, 1))
+    y, kept = layer.apply(params, state, x, training=False, weights=w)
+    assert kept is state
+    own = oracle.moments(x, (1,), w)
+    first = (1 - alpha) * 0.5 + alpha * own.mean
+    second = (1 - alpha) * (2 + 0.25) + alpha * (own.var + own.mean**2)
+    assert_close(y, oracle.normalize(x, first, second - first**2), 1e-4, 1e-4)
+
+
+def test_example_weight_1_over_m_is_the_expectation_of_the_batch():
+    """Over batches of m of which one example is given: EvalNorm's premise."""
+    rng, m = np.random.default_rng(0), 4
+    own, others = rng.normal(2.0, 1.0, (5, 1)), rng.normal(0, 1, (200_000, m - 1, 5))
+    batches = np.concatenate([np.broadcast_to(own.T[None], (200_000, 1, 5)), others], 1)
+    expected = batches.mean((0, 1, 2)), (batches**2).mean((0, 1, 2))
+    layer = layers.standard(example_weight=1 / m, epsilon=0.0)
+    params, state = layer.init(1)
+    y, _ = layer.apply(params, state, own[None].astype(np.float32), training=False)
+    std = np.sqrt(expected[1] - expected[0] ** 2)
+    assert_close(y[0], (own - expected[0]) / std, 2e-2, 2e-2)
+
+
+def test_example_weight_0_changes_nothing():
+    params, state = layers.standard().init(3)
+    x = numbers((4, 5, 3), "float32")
+    lowered = [
+        jax.jit(partial(layer.apply, training=False)).lower(params, state, x).as_text()
+        for layer in (layers.standard(), layers.standard(example_weight=0.0))
+    ]
+    assert lowered[0] == lowered[1]
