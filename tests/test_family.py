@@ -13,6 +13,7 @@ from family import CASES, EXAMPLES, FEATURES
 
 import jaxbn
 
+slow = partial(pytest.param, marks=pytest.mark.slow)
 every = pytest.mark.parametrize("name", CASES)
 MASK = np.array([1, 1, 0, 1, 1, 1, 1, 0]).reshape(-1, 1, 1) * np.array([1.0, 2.0, 1.0])
 FLOATS = MASK.reshape(EXAMPLES, 3, 1)
@@ -60,7 +61,7 @@ def moved(name, state, m):
 
 
 @every
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("weighted", [slow(False), True])
 def test_is_its_formula(name, weighted, x64):
     y, new, expected, (mean, var) = run(name, batch(), FLOATS if weighted else None)
     tol = 2e-6 if name == "streaming" else 1e-10  # `debiased` is a float32
@@ -84,7 +85,7 @@ def test_hard_numbers_in_float32(name):
 
 
 @every
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "complex64"])
+@pytest.mark.parametrize("dtype", [slow("float16"), "bfloat16", "complex64"])
 def test_dtypes(name, dtype):
     case = CASES[name]
     if dtype == "complex64":
@@ -243,7 +244,7 @@ def test_inference_is_normalizing_by_the_state(name):
 
 
 @every
-@pytest.mark.parametrize("feature_axes", [1, 0, (1, 3)])
+@pytest.mark.parametrize("feature_axes", [slow(1), slow(0), (1, 3)])
 def test_feature_axes(name, feature_axes):
     """The same numbers with the features elsewhere."""
     case = CASES[name]
@@ -272,7 +273,7 @@ def test_feature_axes(name, feature_axes):
 
 
 @every
-@pytest.mark.parametrize("affine", ["scale", "bias", "none"])
+@pytest.mark.parametrize("affine", [slow("scale"), slow("bias"), "none"])
 def test_scale_and_bias_can_be_left_out(name, affine):
     case = CASES[name]
     options = {"use_scale": affine == "scale", "use_bias": affine == "bias"}
