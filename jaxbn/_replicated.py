@@ -11,7 +11,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.experimental import multihost_utils
 
-from jaxbn import _mesh
+from jaxbn import _dtypes, _mesh
 from jaxbn._moments import moments
 
 
@@ -144,7 +144,7 @@ def _pooled(stats: Mapping[str, jax.Array], axis_name: _mesh.AxisName) -> dict:
 def _pooled_std(stats: Mapping[str, jax.Array], axis_name: _mesh.AxisName) -> dict:
     """The state of batch renormalization: pooled as variances are."""
     rest = {name: value for name, value in stats.items() if name != "std"}
-    pooled = _pooled(rest | {"var": jnp.square(stats["std"])}, axis_name)
+    pooled = _pooled(rest | {"var": jnp.square(_dtypes.widen(stats["std"]))}, axis_name)
     std = jnp.sqrt(pooled.pop("var"))
     return pooled | {"std": std}
 

@@ -215,3 +215,30 @@ def test_example_weight_0_changes_nothing():
         for layer in (layers.standard(), layers.standard(example_weight=0.0))
     ]
     assert lowered[0] == lowered[1]
+
+
+# Dtypes of the state
+
+
+def test_renorm_with_narrow_statistics():
+    """A std of 1000 is in float16's range, its square is not."""
+    layer = layers.renorm(momentum=0.0, stats_dtype=jnp.float16)
+    params, state = layer.init(1)
+    x = jnp.array([[1000.0], [3000.0]])
+    _, state = layer.apply(params, state, x, training=True)
+    y, _ = layer.apply(params, state, x, training=False)
+    assert_close(y, [[-1.0], [1.0]], 1e-3)
+
+
+def test_streaming_and_example_weight_use_a_wide_state(x64):
+    wide_state = {"stats_dtype": jnp.float64}
+    layer = layers.standard(example_weight=0.01, **wide_state)
+    params, state = layer.init(1)
+    state = state._replace(mean=state.mean + 1e8 + 1)
+    x = jnp.full((2, 1), 1e8, jnp.float32)
+    y, _ = layer.apply(params, state, x, training=False)
+    assert_close(y, np.full((2, 1), -0.99 / (0.99 + 0.0099) ** 0.5), 1e-4)
+    layer = layers.streaming(stats_dtype=jnp.complex64)
+    params, state = layer.init(1)
+    with pytest.raises(TypeError, match=r"`state\.mean` is complex"):
+        layer.apply(params, state, x, training=True)

@@ -66,7 +66,8 @@ def conditional(
 
     Returns:
       A `Layer`. `apply` needs `condition` too: integers from 0 to `num_classes` − 1,
-      one for each example or a scalar for all (the output of any other is NaN), or
+      one for each example or a scalar for all (the output of any other is NaN, and
+      its gradient: give padding a class that there is, and the weight 0), or
       embeddings of shape (examples, embedding_size). The state is a `RunningStats`.
 
     Raises:

@@ -64,7 +64,8 @@ def domain(
     Returns:
       A `Layer`. `apply` needs `domain_ids` too: integers from 0 to `num_domains` − 1,
       one for each example, or a scalar for all. An example of any other id counts for
-      no domain, and its output is NaN. The state is a `RunningStats` with a first axis
+      no domain, and its output is NaN, its gradient too: give padding an id that
+      there is, and the weight 0. The state is a `RunningStats` with a first axis
       of domains, `step` included; that of domains without an example stays.
 
     Raises:

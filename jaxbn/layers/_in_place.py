@@ -110,7 +110,11 @@ def in_place(
         require_call(training, params, names)
         x = _dtypes.inexact_array("x", x)
         for name, array in {"x": x, **params}.items():
-            _dtypes.require_no_imaginary_loss(name, array, "in_place", jnp.float32)
+            if jnp.iscomplexobj(array):
+                raise TypeError(
+                    f"`{name}` is complex ({array.dtype}), but `in_place` works on "
+                    "real numbers. Use `standard`, or pass real and imaginary parts."
+                )
         scale, bias = affine(params)
         same = {"feature_axes": feature_axes, "epsilon": epsilon}
         out = _dtypes.output(x.dtype, dtype)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxbn import _mesh
+from jaxbn import _dtypes, _mesh
 from jaxbn._moments import Moments, merge_moments
 from jaxbn._running_stats import RunningStats
 
@@ -24,10 +24,12 @@ def mixture(stats: RunningStats, m: Moments, weight: ArrayLike) -> Moments:
             f"`state.mean` has shape {stats.mean.shape}, but the features of `x` have "
             f"the shape {features}. Make the state by `init` for these features."
         )
+    _dtypes.require_no_imaginary_loss("state.mean", stats.mean, "x", m.mean.dtype)
     count = jnp.expand_dims(m.count, tuple(range(m.count.ndim, m.mean.ndim)))
     own = jnp.where(count > 0, jnp.asarray(weight, count.dtype), 0)
 
     def stacked(running, new) -> jax.Array:
+        new = _dtypes.widen(new, running)
         running = jnp.broadcast_to(running, new.shape).astype(new.dtype)
         return jnp.stack([_mesh.shard_like(running, new), new])
 

@@ -5,10 +5,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxbn import _axes, _mesh
+from jaxbn import _axes, _dtypes, _mesh
 from jaxbn._batch_norm import normalize_batch
 from jaxbn._moments import Moments, moments
 from jaxbn._normalize import normalize
@@ -128,7 +130,8 @@ def renorm(
         scale, bias = params.get("scale"), params.get("bias")
         same = {"feature_axes": feature_axes, "dtype": dtype}
         if not training:
-            var = jnp.square(state.std)
+            x = _dtypes.inexact_array("x", x)
+            var = jnp.square(_dtypes.widen(state.std, x))
             return normalize(x, state.mean, var, scale, bias, epsilon=0, **same), state
         over = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
         m = moments(
@@ -175,7 +178,8 @@ def _clip(d: jax.Array, most: jax.Array) -> jax.Array:
 
 
 def _require_limit(name: str, limit: Limit, least: float) -> None:
-    if isinstance(limit, (int, float)) and not limit >= least:
+    known = not callable(limit) and not isinstance(limit, Tracer)
+    if known and not np.all(np.asarray(limit) >= least):
         raise ValueError(
             f"`{name}` must be at least {least}, got {limit}. With r_max=1 and d_max=0 "
             "the layer is batch norm; `jnp.inf` clips nothing."

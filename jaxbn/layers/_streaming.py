@@ -1,7 +1,9 @@
 """Batch norm by running statistics, in training too."""
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from jaxbn import _axes, _mesh
@@ -45,7 +47,9 @@ def streaming(
     The last term of var is the variance between batches, without which a batch of one
     example would have none. The average is debiased: at every step, from the first on,
     batch t − j weighs momentumʲ / Σ momentumʲ, and the initial 0 and 1 nothing. The
-    gradient passes through the batch's part of mean and var. It is differentiable in
+    gradient passes through the batch's part of mean and var. Steps are counted for all
+    features at once: with weights that leave a feature out of the first steps, the
+    initial values weigh in its average. It is differentiable in
     every mode, to every order.
 
     Args:
@@ -85,12 +89,12 @@ def streaming(
       out.
     """
     if not callable(momentum):
-        if not isinstance(momentum, (int, float)):
+        if np.ndim(momentum) or isinstance(momentum, Tracer):
             raise TypeError(
                 "`momentum` must be a number or a function of the step, got "
                 f"{momentum!r}. Debiasing takes one momentum for all features."
             )
-        momentum = debiased(momentum)
+        momentum = debiased(float(momentum))  # type: ignore  (a scalar)
     rest = standard(
         feature_axes=feature_axes,
         epsilon=epsilon,
