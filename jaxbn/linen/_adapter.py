@@ -88,11 +88,11 @@ class Adapter(nn.Module):
         elif given and not self.has_variable("batch_stats", "step"):
             if training:
                 # From 0 on, a debiased average would forget the old statistics.
+                own = "`momentum`" if callable(self.momentum) else "A field"  # type: ignore
                 raise ValueError(
-                    "`momentum`, or another field, is a function of the step, but "
-                    "`batch_stats` has a mean and no `step`: it comes from a module "
-                    "where it was a number. Add `step`, an int32 scalar, the number "
-                    "of updates so far."
+                    f"{own} is a function of the step, but `batch_stats` has a mean "
+                    "and no `step`: it comes from a module where it was a number. "
+                    "Add `step`, an int32 scalar, the number of updates so far."
                 )
             names.remove("step")
 
