@@ -1,4 +1,4 @@
-"""Batch norms as pairs of pure functions, `Layer(init, apply)`."""
+"""Batch norms as pure functions, `Layer(init, apply, ...)`."""
 
 from jaxbn.layers._conditional import conditional as conditional
 from jaxbn.layers._domain import domain as domain

@@ -6,14 +6,15 @@ from jax.typing import DTypeLike
 
 from jaxbn import _axes, _dtypes, _mesh
 from jaxbn._batch_norm import batch_norm
+from jaxbn._moments import Moments, moments
 from jaxbn._normalize import normalize
 from jaxbn._running_stats import Momentum, RunningStats, init_stats, update
 from jaxbn.layers._examples import example_ids
 from jaxbn.layers._layer import (
     Layer,
     Params,
+    compose,
     init_affine,
-    require_call,
     require_one_count,
 )
 
@@ -106,8 +107,10 @@ def conditional(
             params[name] = jnp.zeros((size, *shape), param_dtype)
         return params, init_stats(features, dtype=stats_dtype)
 
-    def affine(params: Params, condition, x, axes) -> list[jax.Array | None]:
+    def affine(params: Params, condition, x) -> list[jax.Array | None]:
         """Scale and bias of each example."""
+        x = _dtypes.inexact_array("x", x)
+        axes = _axes.canonical(feature_axes, x.ndim)
         if by_class:
             ids = example_ids("condition", condition, x, axes)
             of_each = {name: _mesh.take_rows(params[name], ids) for name in names}
@@ -120,28 +123,32 @@ def conditional(
             }
         return [of_each.get("scale"), of_each.get("bias")]
 
-    def apply(
-        params, state: RunningStats, x, *, training, weights=None, condition=None
-    ):
-        require_call(training, params, names + kernels)
-        x = _dtypes.inexact_array("x", x)
-        axes = _axes.canonical(feature_axes, x.ndim)
-        vectors = affine(params, condition, x, axes)
-        same = {"feature_axes": axes, "epsilon": epsilon, "dtype": dtype}
-        if not training:
-            return normalize(x, state.mean, state.var, *vectors, **same), state
-        y, m = batch_norm(
+    same = {"feature_axes": feature_axes, "epsilon": epsilon, "dtype": dtype}
+    over = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
+
+    def train(params, state: RunningStats, x, weights, condition=None):
+        return batch_norm(
             x,
-            *vectors,
+            *affine(params, condition, x),
             **same,
+            **over,
             weights=weights,
             shift=state.mean if use_fast_variance else None,
-            axis_name=axis_name,
-            axis_index_groups=axis_index_groups,
         )
-        return y, update(state, m, momentum=momentum, unbiased=unbiased)
 
-    return Layer(init, apply)
+    def infer(params, state: RunningStats, x, weights, condition=None):
+        vectors = affine(params, condition, x)
+        return normalize(x, state.mean, state.var, *vectors, **same)
+
+    def measure(state, x, weights, condition=None):
+        return moments(x, feature_axes=feature_axes, weights=weights, **over)
+
+    def move(state: RunningStats, m: Moments):
+        return update(state, m, momentum=momentum, unbiased=unbiased)
+
+    return compose(
+        init, names + kernels, train=train, infer=infer, measure=measure, update=move
+    )
 
 
 def _embeddings(condition, x, axes, size: int) -> jax.Array:

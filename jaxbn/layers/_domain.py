@@ -1,5 +1,6 @@
 """Domain-specific batch norm: statistics for each of several kinds of examples."""
 
+import functools
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from jaxbn._batch_norm import normalize_given
 from jaxbn._moments import Moments, merge_moments
 from jaxbn._running_stats import Momentum, RunningStats, init_stats, update
 from jaxbn.layers._examples import example_ids, example_moments
-from jaxbn.layers._layer import Layer, init_affine, require_call, require_count
+from jaxbn.layers._layer import Layer, compose, init_affine, require_count
 
 
 def domain(
@@ -100,36 +101,35 @@ def domain(
 
         return params if shared_affine else repeated(params), repeated(state)
 
-    def pooled(x, ids, state: RunningStats, weights) -> Moments:
+    def pooled(state: RunningStats, x, weights, domain_ids, *, fast: bool) -> Moments:
         """The moments of each domain, stacked."""
-        shift = _of_each(state.mean, ids) if use_fast_variance else None
+        x = _dtypes.inexact_array("x", x)
         axes = _axes.canonical(feature_axes, x.ndim)
+        ids = example_ids("domain_ids", domain_ids, x, axes)
+        shift = _of_each(state.mean, ids) if fast else None
         m = example_moments(x, axes, weights=weights, shift=shift)
         own = jnp.expand_dims(ids, 0) == jnp.arange(num_domains).reshape(-1, 1)
         own = jnp.expand_dims(own, tuple(range(2, m.count.ndim + 1)))
 
         def pool(own, mean):
             part = m._replace(count=jnp.where(own, m.count, 0))
-            shift = mean if use_fast_variance else None
-            return merge_moments(part, shift=shift, axis_name=axis_name)
+            return merge_moments(
+                part, shift=mean if fast else None, axis_name=axis_name
+            )
 
         return jax.vmap(pool)(own, state.mean)
 
-    def apply(
-        params, state: RunningStats, x, *, training, weights=None, domain_ids=None
-    ):
-        require_call(training, params, names)
+    def normalized(params, table, x, weights, domain_ids) -> jax.Array:
+        """Each example by its domain's row of a table of moments or statistics."""
         x = _dtypes.inexact_array("x", x)
         axes = _axes.canonical(feature_axes, x.ndim)
         ids = example_ids("domain_ids", domain_ids, x, axes)
-        m = pooled(x, ids, state, weights) if training else None
-        mean, var = (m or state)[:2]
         scale, bias = params.get("scale"), params.get("bias")
         if not shared_affine:
             scale, bias = _of_each(scale, ids), _of_each(bias, ids)
-        y = normalize_given(
+        return normalize_given(
             x,
-            Moments(_of_each(mean, ids), _of_each(var, ids), jnp.ones(())),
+            Moments(_of_each(table.mean, ids), _of_each(table.var, ids), jnp.ones(())),
             scale,
             bias,
             feature_axes=axes,
@@ -137,15 +137,22 @@ def domain(
             weights=weights,
             dtype=dtype,
         )
-        if m is None:
-            return y, state
 
-        def move(state, m):
-            return update(state, m, momentum=momentum, unbiased=unbiased)
+    def train(params, state: RunningStats, x, weights, domain_ids=None):
+        m = pooled(state, x, weights, domain_ids, fast=use_fast_variance)
+        return normalized(params, m, x, weights, domain_ids), m
 
-        return y, jax.vmap(move)(state, m)
+    def infer(params, state: RunningStats, x, weights, domain_ids=None):
+        return normalized(params, state, x, weights, domain_ids)
 
-    return Layer(init, apply)
+    def measure(state: RunningStats, x, weights, domain_ids=None):
+        return pooled(state, x, weights, domain_ids, fast=False)
+
+    def move(state: RunningStats, m: Moments):
+        own = functools.partial(update, momentum=momentum, unbiased=unbiased)
+        return jax.vmap(own)(state, m)
+
+    return compose(init, names, train=train, infer=infer, measure=measure, update=move)
 
 
 def _of_each(table: Any, ids: jax.Array) -> Any:

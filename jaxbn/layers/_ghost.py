@@ -7,9 +7,9 @@ from jax.typing import DTypeLike
 
 from jaxbn import _axes, _dtypes, _mesh
 from jaxbn._batch_norm import batch_norm
-from jaxbn._moments import Moments, merge_moments
+from jaxbn._moments import Moments, merge_moments, moments
 from jaxbn._running_stats import Momentum, RunningStats, update
-from jaxbn.layers._layer import Layer, require_call, require_one_count
+from jaxbn.layers._layer import Layer, compose, require_one_count
 from jaxbn.layers._partition import Partition, partition
 from jaxbn.layers._standard import standard
 
@@ -68,7 +68,8 @@ def ghost(
       derivatives: "vjp" or "jvp", as for `batch_norm`.
 
     Returns:
-      A `Layer`. Its state is a `RunningStats`.
+      A `Layer`. Its state is a `RunningStats`. With `update_per_group`, its `forward`
+      returns the moments of each group, stacked.
 
     Raises:
       TypeError: `group_size` or `num_groups` is no integer.
@@ -99,17 +100,7 @@ def ghost(
     )
     names = ["scale"] * use_scale + ["bias"] * use_bias
 
-    def moved(state: RunningStats, m: Moments, over: _mesh.AxisName | None):
-        if update_per_group:
-            return _updated_in_turn(state, m, momentum, unbiased)
-        shift = state.mean if use_fast_variance else None
-        m = merge_moments(m, shift=shift, axis_name=over)
-        return update(state, m, momentum=momentum, unbiased=unbiased)
-
-    def apply(params, state: RunningStats, x, *, training, weights=None):
-        require_call(training, params, names)
-        if not training:
-            return rest.apply(params, state, x, training=False)
+    def train(params, state: RunningStats, x, weights):
         x = _dtypes.inexact_array("x", x)
         axes = _axes.canonical(feature_axes, x.ndim)
         groups = partition(x, axes, option, strided=strided, axis_name=axis_name)
@@ -131,9 +122,26 @@ def ghost(
             derivatives=derivatives,
         )
         m, over = _of_all_groups(m, groups, axis_name, gather=update_per_group)
-        return _mesh.reshape_like(y, x), moved(state, m, over)
+        if not update_per_group:
+            shift = state.mean if use_fast_variance else None
+            m = merge_moments(m, shift=shift, axis_name=over)
+        return _mesh.reshape_like(y, x), m
 
-    return Layer(rest.init, apply)
+    def infer(params, state: RunningStats, x, weights):
+        return rest.apply(params, state, x, training=False)[0]
+
+    def measure(state, x, weights):
+        over = {"feature_axes": feature_axes, "axis_name": axis_name}
+        return moments(x, weights=weights, **over)
+
+    def move(state: RunningStats, m: Moments):
+        if jnp.ndim(m.mean) > jnp.ndim(state.mean):
+            return _updated_in_turn(state, m, momentum, unbiased)
+        return update(state, m, momentum=momentum, unbiased=unbiased)
+
+    return compose(
+        rest.init, names, train=train, infer=infer, measure=measure, update=move
+    )
 
 
 def _of_all_groups(

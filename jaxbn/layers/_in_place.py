@@ -1,16 +1,19 @@
 """Batch norm and activation in one, whose backward pass keeps only the output."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxbn import _axes, _dtypes, _mesh
 from jaxbn._batch_norm import checked_operands
 from jaxbn._in_place import Activation, Static, in_place_form
-from jaxbn._moments import moments
+from jaxbn._moments import Moments, moments
 from jaxbn._normalize import normalize
 from jaxbn._rules import rule_operands
 from jaxbn._running_stats import Momentum, RunningStats, update
-from jaxbn.layers._layer import Layer, require_call
+from jaxbn.layers._layer import Layer, compose
 from jaxbn.layers._standard import standard
 
 ACTIVATIONS = ("leaky_relu", "elu", "identity")
@@ -106,8 +109,11 @@ def in_place(
             scale = jnp.where(scale < 0, -scale, scale) + epsilon
         return scale, params.get("bias")
 
-    def apply(params, state: RunningStats, x, *, training, weights=None):
-        require_call(training, params, names)
+    same = {"feature_axes": feature_axes, "epsilon": epsilon}
+    over = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
+
+    def real(params, x) -> tuple[jax.Array, Any]:
+        """x as an array, and its output's dtype."""
         x = _dtypes.inexact_array("x", x)
         for name, array in {"x": x, **params}.items():
             if jnp.iscomplexobj(array):
@@ -115,14 +121,10 @@ def in_place(
                     f"`{name}` is complex ({array.dtype}), but `in_place` works on "
                     "real numbers. Use `standard`, or pass real and imaginary parts."
                 )
-        scale, bias = affine(params)
-        same = {"feature_axes": feature_axes, "epsilon": epsilon}
-        out = _dtypes.output(x.dtype, dtype)
-        if not training:
-            wide = _dtypes.accumulation(x.dtype, out)
-            y = normalize(x, state.mean, state.var, scale, bias, dtype=wide, **same)
-            return phi(y).astype(out), state
-        over = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
+        return x, _dtypes.output(x.dtype, dtype)
+
+    def train(params, state: RunningStats, x, weights):
+        x, out = real(params, x)
         m = moments(
             x,
             feature_axes=feature_axes,
@@ -131,12 +133,26 @@ def in_place(
             **over,
         )
         rule, *operands = checked_operands(
-            x, m, scale, bias, weights=weights, dtype=out, **over, **same
+            x, m, *affine(params), weights=weights, dtype=out, **over, **same
         )
         z = in_place_form(Static(rule, phi, x.dtype), *rule_operands(*operands))
-        return z, update(state, m, momentum=momentum, unbiased=unbiased)
+        return z, m
 
-    return Layer(rest.init, apply)
+    def infer(params, state: RunningStats, x, weights):
+        x, out = real(params, x)
+        wide = _dtypes.accumulation(x.dtype, out)
+        vectors = state.mean, state.var, *affine(params)
+        return phi(normalize(x, *vectors, dtype=wide, **same)).astype(out)
+
+    def measure(state, x, weights):
+        return moments(x, feature_axes=feature_axes, weights=weights, **over)
+
+    def move(state: RunningStats, m: Moments):
+        return update(state, m, momentum=momentum, unbiased=unbiased)
+
+    return compose(
+        rest.init, names, train=train, infer=infer, measure=measure, update=move
+    )
 
 
 def _activation(name: str, slope: float) -> Activation:

@@ -1,4 +1,4 @@
-"""What every layer is: a pair of pure functions."""
+"""What every layer is: a few pure functions."""
 
 import operator
 from collections.abc import Callable
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxbn import _axes
+from jaxbn._moments import Moments
 
 Params = dict[str, jax.Array]
 
@@ -25,7 +26,11 @@ Apply = Callable[..., tuple[jax.Array, Any]]
 
 
 class Layer(NamedTuple):
-    """A batch norm as two pure functions, in the manner of optax.
+    """A batch norm as pure functions, in the manner of optax.
+
+    `init` and `apply` are all that training and inference need. `forward` and `update`
+    are the halves of `apply`, for moments that come in several parts or from elsewhere:
+    in training, `apply` is `y, m = forward(...)`, `state = update(state, m)`.
 
     Attributes:
       init: `init(features) -> (params, state)`. `features` is the number of features,
@@ -34,17 +39,58 @@ class Layer(NamedTuple):
         `training` is a Python bool. The new state has the structure, shapes and dtypes
         of the old one; at inference it is the old one. `domain` and `conditional` take
         one keyword more.
+      forward: Called like `apply`, it returns `(y, moments)`: the `Moments` that the
+        state is to be moved by, or, at inference, those of `x`.
+      update: `update(state, moments) -> state`, by moments as `forward` returns them,
+        or pooled by `merge_moments`.
 
     Example:
-      >>> import jaxbn
-      >>> layer = jaxbn.layers.standard()
-      >>> params, state = layer.init(3)
-      >>> sorted(params)
-      ['bias', 'scale']
+      >>> import jax, jaxbn, jax.numpy as jnp
+      >>> layer = jaxbn.layers.standard(momentum=0.5)
+      >>> params, state = layer.init(1)
+      >>> def forward(x):  # two micro-batches, one step of the statistics
+      ...     return layer.forward(params, state, x, training=True)
+      >>> y, m = jax.vmap(forward)(jnp.array([[[1.0], [3.0]], [[5.0], [7.0]]]))
+      >>> print(layer.update(state, jaxbn.merge_moments(m)).mean)
+      [2.]
     """
 
     init: Init
     apply: Apply
+    forward: Callable[..., tuple[jax.Array, Moments]]
+    update: Callable[[Any, Moments], Any]
+
+
+def compose(
+    init: Init,
+    names: list[str],
+    *,
+    train: Callable[..., tuple[jax.Array, Moments]],
+    infer: Callable[..., jax.Array],
+    measure: Callable[..., Moments],
+    update: Callable[[Any, Moments], Any],
+) -> Layer:
+    """The layer with parameters of these names that has these parts.
+
+    `train`, `infer` and `measure` are called with the parameters (not `measure`), the
+    state, `x`, the weights, and what else the layer's `apply` takes by keyword.
+    """
+
+    def forward(params, state, x, *, training, weights=None, **inputs):
+        require_call(training, params, names)
+        if training:
+            return train(params, state, x, weights, **inputs)
+        y = infer(params, state, x, weights, **inputs)
+        return y, measure(state, x, weights, **inputs)
+
+    def apply(params, state, x, *, training, weights=None, **inputs):
+        require_call(training, params, names)
+        if not training:
+            return infer(params, state, x, weights, **inputs), state
+        y, m = train(params, state, x, weights, **inputs)
+        return y, update(state, m)
+
+    return Layer(init, apply, forward, update)
 
 
 def init_affine(

@@ -15,7 +15,7 @@ from jaxbn._batch_norm import normalize_batch
 from jaxbn._moments import Moments, moments
 from jaxbn._normalize import normalize
 from jaxbn._running_stats import Momentum, RunningStats, init_stats, update
-from jaxbn.layers._layer import Layer, init_affine, require_call
+from jaxbn.layers._layer import Layer, compose, init_affine
 
 Limit = ArrayLike | Callable[[jax.Array], ArrayLike]
 
@@ -91,7 +91,8 @@ def renorm(
       derivatives: "vjp" or "jvp", as for `batch_norm`.
 
     Returns:
-      A `Layer`. Its state is a `RenormStats`.
+      A `Layer`. Its state is a `RenormStats`; the variance of the moments that its
+      `forward` returns and its `update` takes includes epsilon.
 
     Raises:
       ValueError: `r_max` is below 1 or `d_max` below 0.
@@ -119,21 +120,21 @@ def renorm(
         params = init_affine(features, use_scale, use_bias, param_dtype)
         return params, RenormStats(*stats)
 
-    def correction(state: RenormStats, m: Moments, std) -> tuple[jax.Array, jax.Array]:
-        state, m, std = lax.stop_gradient((state, m, std))
+    same = {"feature_axes": feature_axes, "dtype": dtype}
+    over = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
+
+    def correction(state: RenormStats, m: Moments) -> tuple[jax.Array, jax.Array]:
+        state, m = lax.stop_gradient((state, m))
         most_r, most_d = (_at(limit, state.step) for limit in (r_max, d_max))
-        r = jnp.clip(std / state.std, 1 / most_r, most_r)
+        r = jnp.clip(jnp.sqrt(m.var + epsilon) / state.std, 1 / most_r, most_r)
         return r, _clip((m.mean - state.mean) / state.std, most_d)
 
-    def apply(params, state: RenormStats, x, *, training, weights=None):
-        require_call(training, params, names)
+    def with_epsilon(m: Moments) -> Moments:
+        """What the state is an average of: √ of this variance. Pooling keeps it so."""
+        return m._replace(var=m.var + epsilon)
+
+    def train(params, state: RenormStats, x, weights):
         scale, bias = params.get("scale"), params.get("bias")
-        same = {"feature_axes": feature_axes, "dtype": dtype}
-        if not training:
-            x = _dtypes.inexact_array("x", x)
-            var = jnp.square(_dtypes.widen(state.std, x))
-            return normalize(x, state.mean, var, scale, bias, epsilon=0, **same), state
-        over = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
         m = moments(
             x,
             feature_axes=feature_axes,
@@ -141,8 +142,7 @@ def renorm(
             shift=state.mean if use_fast_variance else None,
             **over,
         )
-        std = jnp.sqrt(lax.stop_gradient(m.var) + epsilon)
-        r, d = correction(state, m, std)
+        r, d = correction(state, m)
         y = normalize_batch(
             x,
             m,
@@ -154,11 +154,25 @@ def renorm(
             **over,
             **same,
         )
-        # A standard deviation is averaged as a variance is.
-        old, new = RunningStats(*state), m._replace(var=std)
-        return y, RenormStats(*update(old, new, momentum=momentum))
+        return y, with_epsilon(m)
 
-    return Layer(init, apply)
+    def infer(params, state: RenormStats, x, weights):
+        x = _dtypes.inexact_array("x", x)
+        var = jnp.square(_dtypes.widen(state.std, x))
+        affine = params.get("scale"), params.get("bias")
+        return normalize(x, state.mean, var, *affine, epsilon=0, **same)
+
+    def measure(state, x, weights):
+        m = moments(x, feature_axes=feature_axes, weights=weights, **over)
+        return with_epsilon(m)
+
+    def move(state: RenormStats, m: Moments):
+        # A standard deviation is averaged as a variance is.
+        std = jnp.sqrt(lax.stop_gradient(m.var))
+        old, new = RunningStats(*state), m._replace(var=std)
+        return RenormStats(*update(old, new, momentum=momentum))
+
+    return compose(init, names, train=train, infer=infer, measure=measure, update=move)
 
 
 def _affine(d, scale, bias) -> jax.Array:

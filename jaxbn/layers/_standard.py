@@ -5,10 +5,11 @@ from jax.typing import DTypeLike
 
 from jaxbn import _axes, _dtypes, _mesh
 from jaxbn._batch_norm import batch_norm, normalize_given
+from jaxbn._moments import Moments, moments
 from jaxbn._normalize import normalize
 from jaxbn._running_stats import Momentum, RunningStats, init_stats, update
 from jaxbn.layers._examples import example_moments
-from jaxbn.layers._layer import Layer, init_affine, require_call
+from jaxbn.layers._layer import Layer, compose, init_affine
 from jaxbn.layers._mixture import mixture
 
 
@@ -96,28 +97,34 @@ def standard(
         params = init_affine(features, use_scale, use_bias, param_dtype)
         return params, init_stats(features, dtype=stats_dtype)
 
-    def apply(params, state: RunningStats, x, *, training, weights=None):
-        require_call(training, params, names)
-        affine = params.get("scale"), params.get("bias")
-        same = {"feature_axes": feature_axes, "epsilon": epsilon, "dtype": dtype}
-        if not training and not example_weight:
-            return normalize(x, state.mean, state.var, *affine, **same), state
-        if not training:
-            x = _dtypes.inexact_array("x", x)
-            axes = _axes.canonical(feature_axes, x.ndim)
-            own = example_moments(x, axes, weights=weights)
-            m = mixture(state, own, example_weight)
-            return normalize_given(x, m, *affine, weights=weights, **same), state
-        y, m = batch_norm(
+    same = {"feature_axes": feature_axes, "epsilon": epsilon, "dtype": dtype}
+    over = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
+
+    def train(params, state: RunningStats, x, weights):
+        return batch_norm(
             x,
-            *affine,
+            params.get("scale"),
+            params.get("bias"),
             **same,
+            **over,
             weights=weights,
             shift=state.mean if use_fast_variance else None,
-            axis_name=axis_name,
-            axis_index_groups=axis_index_groups,
             derivatives=derivatives,
         )
-        return y, update(state, m, momentum=momentum, unbiased=unbiased)
 
-    return Layer(init, apply)
+    def infer(params, state: RunningStats, x, weights):
+        affine = params.get("scale"), params.get("bias")
+        if not example_weight:
+            return normalize(x, state.mean, state.var, *affine, **same)
+        x = _dtypes.inexact_array("x", x)
+        axes = _axes.canonical(feature_axes, x.ndim)
+        m = mixture(state, example_moments(x, axes, weights=weights), example_weight)
+        return normalize_given(x, m, *affine, weights=weights, **same)
+
+    def measure(state, x, weights):
+        return moments(x, feature_axes=feature_axes, weights=weights, **over)
+
+    def move(state: RunningStats, m: Moments):
+        return update(state, m, momentum=momentum, unbiased=unbiased)
+
+    return compose(init, names, train=train, infer=infer, measure=measure, update=move)

@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 
 from jaxbn import _axes, _mesh
 from jaxbn._batch_norm import normalize_given
-from jaxbn._moments import moments
+from jaxbn._moments import Moments, moments
 from jaxbn._running_stats import (
     Momentum,
     RunningStats,
@@ -16,7 +16,7 @@ from jaxbn._running_stats import (
     old_weight,
     update,
 )
-from jaxbn.layers._layer import Layer, require_call
+from jaxbn.layers._layer import Layer, compose
 from jaxbn.layers._mixture import mixture
 from jaxbn.layers._standard import standard
 
@@ -106,21 +106,16 @@ def streaming(
     )
     names = ["scale"] * use_scale + ["bias"] * use_bias
 
-    def apply(params, state: RunningStats, x, *, training, weights=None):
-        require_call(training, params, names)
-        if not training:
-            return rest.apply(params, state, x, training=False)
-        m = moments(
-            x,
-            feature_axes=feature_axes,
-            weights=weights,
-            axis_name=axis_name,
-            axis_index_groups=axis_index_groups,
-        )
-        now = mixture(lax.stop_gradient(state), m, 1 - old_weight(state, momentum))
+    over = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
+
+    def mixed(state: RunningStats, m: Moments) -> Moments:
+        return mixture(lax.stop_gradient(state), m, 1 - old_weight(state, momentum))
+
+    def train(params, state: RunningStats, x, weights):
+        m = measure(state, x, weights)
         y = normalize_given(
             x,
-            now,
+            mixed(state, m),
             params.get("scale"),
             params.get("bias"),
             feature_axes=feature_axes,
@@ -128,6 +123,17 @@ def streaming(
             weights=weights,
             dtype=dtype,
         )
-        return y, update(state, now, momentum=0.0)
+        return y, m
 
-    return Layer(rest.init, apply)
+    def infer(params, state: RunningStats, x, weights):
+        return rest.apply(params, state, x, training=False)[0]
+
+    def measure(state, x, weights):
+        return moments(x, feature_axes=feature_axes, weights=weights, **over)
+
+    def move(state: RunningStats, m: Moments):
+        return update(state, mixed(state, m), momentum=0.0)
+
+    return compose(
+        rest.init, names, train=train, infer=infer, measure=measure, update=move
+    )
