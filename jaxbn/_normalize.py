@@ -73,7 +73,7 @@ def normalize(
     _dtypes.require_no_imaginary_loss("var", var, "a variance", jnp.float32)
     scale = optional_vector("scale", scale, x, feature_axes, dtype)
     bias = optional_vector("bias", bias, x, feature_axes, dtype)
-    apply = _named_apply(feature_axes, dtype)
+    apply = _named_apply(feature_axes, dtype, scale is not None, bias is not None)
     return apply(x, mean, var, scale, bias, checked_epsilon(epsilon))
 
 
@@ -114,8 +114,11 @@ def checked_epsilon(epsilon: ArrayLike) -> jax.Array:
 
 
 @functools.cache
-def _named_apply(feature_axes: tuple[int, ...], dtype):
-    """The formula as a jit of its own, whose name programs can be searched for."""
+def _named_apply(feature_axes: tuple[int, ...], dtype, has_scale: bool, has_bias: bool):
+    """The formula as a jit of its own, whose name programs can be searched for.
+
+    The name tells the feature axes, and which of the optional operands there are.
+    """
 
     def apply(x, mean, var, scale, bias, epsilon):
         vectors = (mean, var, scale, bias)
@@ -133,6 +136,7 @@ def _named_apply(feature_axes: tuple[int, ...], dtype):
             y = y + wide(bias)
         return y.astype(dtype)
 
-    apply.__name__ = "_".join([NAME, "axis", *map(str, feature_axes)])
+    optional = ["scale"] * has_scale + ["bias"] * has_bias
+    apply.__name__ = "_".join([NAME, "axis", *map(str, feature_axes), *optional])
     # What its derivative keeps is x, not x − mean.
     return jax.jit(jax.checkpoint(apply, prevent_cse=False))
