@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from jaxbn import interop as interop
 from jaxbn import layers as layers
+from jaxbn import population as population
 from jaxbn._batch_norm import batch_norm as batch_norm
 from jaxbn._moments import Moments as Moments
 from jaxbn._moments import merge_moments as merge_moments

@@ -17,10 +17,13 @@ LATE_MOMENTUM = (
 )
 
 
-def layer(make: Callable[..., layers.Layer], module: Any, **given: Any):
+def layer(
+    make: Callable[..., layers.Layer], module: Any, *, exact: bool = False, **given: Any
+):
     """The layer that `make` makes of the module's fields, and before them of `given`.
 
-    A field and an option of the same name are the same thing.
+    A field and an option of the same name are the same thing. `exact` has statistics
+    computed in two passes, whatever the module says.
     """
     options = {
         name: getattr(module, name)
@@ -28,6 +31,13 @@ def layer(make: Callable[..., layers.Layer], module: Any, **given: Any):
         if hasattr(module, name)
     }
     options |= given
+    if exact and "use_fast_variance" in options:
+        options["use_fast_variance"] = False
+    if module.accumulate and getattr(module, "update_per_group", False):
+        raise ValueError(
+            "`accumulate` makes one step of the statistics for several batches, "
+            "`update_per_group` several for one. Choose one of them."
+        )
     if options.get("axis_name") is None and "axis_index_groups" in options:
         # Flax ignores groups of no axis: one switch turns synchronizing off.
         options["axis_index_groups"] = None

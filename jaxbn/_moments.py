@@ -116,7 +116,9 @@ def merge_moments(
 
     Args:
       moments_: `Moments` whose arrays have additional axes, as `jax.lax.scan` and
-        `jax.vmap` stack them. A count that was a scalar has only these axes.
+        `jax.vmap` stack them. A count that was a scalar has only these axes; where they
+        come first, it may also have any first axes of the features (a layer's, or
+        `domain`'s) and lack the rest.
       axis: The stacked axes, as axes of `moments_.mean`.
       shift: As for `moments`: with a vector near the pooled mean, `axis_name` takes one
         all-reduce, without one two.
@@ -147,6 +149,8 @@ def merge_moments(
         weights = jnp.expand_dims(count, features)
     elif count.shape == mean.shape:
         weights = count
+    elif len(stacked) <= count.ndim == len(stacked) + _shared(count, mean, stacked):
+        weights = jnp.expand_dims(count, tuple(range(count.ndim, mean.ndim)))
     else:
         raise ValueError(
             f"`moments_.count` has shape {count.shape}, expected that of the stacked "
@@ -155,9 +159,17 @@ def merge_moments(
         )
     weights = _axes.weights_like(weights, mean, _dtypes.accumulation(mean.dtype))
     pooled = _pooled(mean, var, weights, shift, features, axis_name, None)
-    if count.ndim > len(stacked):
-        return pooled._replace(count=jnp.broadcast_to(pooled.count, pooled.mean.shape))
-    return pooled
+    if count.ndim == len(stacked):
+        return pooled
+    whole = jnp.broadcast_to(pooled.count, pooled.mean.shape)
+    return pooled._replace(count=whole[(..., *[0] * (mean.ndim - count.ndim))])
+
+
+def _shared(count: jax.Array, mean: jax.Array, stacked: tuple[int, ...]) -> int:
+    """How many axes of features a count has, if all its axes are the mean's first."""
+    first = stacked == tuple(range(len(stacked)))
+    alike = count.shape == mean.shape[: count.ndim]
+    return count.ndim - len(stacked) if first and alike else 0
 
 
 def _pooled(

@@ -159,7 +159,7 @@ def test_every_option_of_the_layer_is_one_of_the_module(modules, name):
         fields |= set(inspect.signature(jaxbn.nnx._variant.Variant.__init__).parameters)
     assert options - fields <= {"feature_axes", "stats_dtype"}
     flax = {"use_running_average", "axis", "bias_init", "scale_init", "kernel_init"}
-    flax |= {"self", "parent", "name", "num_features", "rngs", "common"}
+    flax |= {"self", "parent", "name", "num_features", "rngs", "common", "accumulate"}
     if cls in (jaxbn.linen.BatchNorm, jaxbn.nnx.BatchNorm):
         flax |= {"force_float32_reductions", "promote_dtype"}
         flax |= {"bias_metadata", "scale_metadata"}

@@ -167,7 +167,12 @@ def test_linen_fields_and_arguments():
         return [(p.name, p.kind, p.default) for p in parameters]
 
     theirs = fields(nn.BatchNorm)
-    own = [("unbiased", False), ("derivatives", "vjp"), ("example_weight", 0.0)]
+    own = [
+        ("unbiased", False),
+        ("derivatives", "vjp"),
+        ("example_weight", 0.0),
+        ("accumulate", False),
+    ]
     # parent and name stand last in every linen module.
     assert fields(jaxbn.linen.BatchNorm) == [*theirs[:-2], *own, *theirs[-2:]]
     assert arguments(jaxbn.linen.BatchNorm) == arguments(nn.BatchNorm)
@@ -179,8 +184,9 @@ def test_nnx_arguments():
         return [(p.name, p.kind, p.default) for p in parameters]
 
     ours = arguments(jaxbn.nnx.BatchNorm.__init__)
-    assert [n for n, *_ in ours[-3:]] == ["unbiased", "derivatives", "example_weight"]
-    assert ours[:-3] == arguments(nnx.BatchNorm.__init__)
+    own = ["unbiased", "derivatives", "example_weight", "accumulate"]
+    assert [n for n, *_ in ours[-4:]] == own
+    assert ours[:-4] == arguments(nnx.BatchNorm.__init__)
     calls = [arguments(c.__call__) for c in (jaxbn.nnx.BatchNorm, nnx.BatchNorm)]
     assert calls[0] == calls[1]
 

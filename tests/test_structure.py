@@ -23,7 +23,7 @@ FLOORS = [
     {"_running_stats"},
     {"_replicated"},
     {"layers"},
-    {"_flax_fields"},
+    {"_flax_fields", "_recording", "_module_stats"},
     {"linen", "nnx", "population", "folding", "interop"},
 ]
 LEVEL = {name: level for level, floor in enumerate(FLOORS) for name in floor}
@@ -79,6 +79,7 @@ def public():
         "jaxbn.interop.tf_nn": jaxbn.interop.tf_nn,
         "jaxbn.linen": jaxbn.linen,
         "jaxbn.nnx": jaxbn.nnx,
+        "jaxbn.population": jaxbn.population,
     }
     for prefix, module in modules.items():
         for name, value in vars(module).items():

@@ -101,29 +101,21 @@ def domain(
 
         return params if shared_affine else repeated(params), repeated(state)
 
-    def pooled(state: RunningStats, x, weights, domain_ids, *, fast: bool) -> Moments:
-        """The moments of each domain, stacked."""
+    def located(x, domain_ids) -> tuple[jax.Array, tuple[int, ...], jax.Array]:
+        """x as an array, its feature axes, and each example's domain."""
         x = _dtypes.inexact_array("x", x)
         axes = _axes.canonical(feature_axes, x.ndim)
-        ids = example_ids("domain_ids", domain_ids, x, axes)
-        shift = _of_each(state.mean, ids) if fast else None
-        m = example_moments(x, axes, weights=weights, shift=shift)
-        own = jnp.expand_dims(ids, 0) == jnp.arange(num_domains).reshape(-1, 1)
-        own = jnp.expand_dims(own, tuple(range(2, m.count.ndim + 1)))
+        return x, axes, example_ids("domain_ids", domain_ids, x, axes)
 
-        def pool(own, mean):
-            part = m._replace(count=jnp.where(own, m.count, 0))
-            return merge_moments(
-                part, shift=mean if fast else None, axis_name=axis_name
-            )
-
-        return jax.vmap(pool)(own, state.mean)
+    def pooled(state: RunningStats, x, weights, domain_ids, *, fast: bool) -> Moments:
+        x, axes, ids = located(x, domain_ids)
+        mean = state.mean if fast else None
+        m = example_moments(x, axes, weights=weights, shift=_of_each(mean, ids))
+        return _of_domains(m, ids, num_domains, mean, axis_name)
 
     def normalized(params, table, x, weights, domain_ids) -> jax.Array:
         """Each example by its domain's row of a table of moments or statistics."""
-        x = _dtypes.inexact_array("x", x)
-        axes = _axes.canonical(feature_axes, x.ndim)
-        ids = example_ids("domain_ids", domain_ids, x, axes)
+        x, axes, ids = located(x, domain_ids)
         scale, bias = params.get("scale"), params.get("bias")
         if not shared_affine:
             scale, bias = _of_each(scale, ids), _of_each(bias, ids)
@@ -148,11 +140,26 @@ def domain(
     def measure(state: RunningStats, x, weights, domain_ids=None):
         return pooled(state, x, weights, domain_ids, fast=False)
 
-    def move(state: RunningStats, m: Moments):
-        own = functools.partial(update, momentum=momentum, unbiased=unbiased)
-        return jax.vmap(own)(state, m)
-
+    move = jax.vmap(functools.partial(update, momentum=momentum, unbiased=unbiased))
     return compose(init, names, train=train, infer=infer, measure=measure, update=move)
+
+
+def _of_domains(
+    m: Moments,
+    ids: jax.Array,
+    num_domains: int,
+    mean: jax.Array | None,
+    axis_name: _mesh.AxisName | None,
+) -> Moments:
+    """Moments of examples, pooled for each domain; about its running `mean`, if any."""
+    own = jnp.expand_dims(ids, 0) == jnp.arange(num_domains).reshape(-1, 1)
+    own = jnp.expand_dims(own, tuple(range(2, m.count.ndim + 1)))
+
+    def pool(own, mean):
+        part = m._replace(count=jnp.where(own, m.count, 0))
+        return merge_moments(part, shift=mean, axis_name=axis_name)
+
+    return jax.vmap(pool)(own, mean)
 
 
 def _of_each(table: Any, ids: jax.Array) -> Any:

@@ -1,6 +1,10 @@
 """Flax Linen modules: they hold the variables and call `jaxbn.layers`."""
 
 from jaxbn.linen._batch_norm import BatchNorm as BatchNorm
+from jaxbn.linen._statistics import commit as commit
+from jaxbn.linen._statistics import load_stats as load_stats
+from jaxbn.linen._statistics import moments_fn as moments_fn
+from jaxbn.linen._statistics import running_stats as running_stats
 from jaxbn.linen._variants import BatchRenorm as BatchRenorm
 from jaxbn.linen._variants import ConditionalBatchNorm as ConditionalBatchNorm
 from jaxbn.linen._variants import DomainBatchNorm as DomainBatchNorm

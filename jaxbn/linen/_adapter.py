@@ -1,5 +1,6 @@
 """From a layer to a linen module: where its parameters and statistics live."""
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -9,16 +10,44 @@ from flax.linen.dtypes import canonicalize_dtype
 from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 
-from jaxbn import _axes, _flax_fields, _mesh, layers
+from jaxbn import _axes, _flax_fields, _mesh, _recording, layers
 from jaxbn._running_stats import Momentum
+
+NO_WINDOW = (
+    "With `accumulate`, training needs the collection `batch_moments` that `init` "
+    "makes: pass it in the variables of every call, and "
+    '`mutable=["batch_stats", "batch_moments"]`. To measure moments without a step of '
+    'the statistics, leave it out, and pass `mutable=["batch_moments"]`.'
+)
 
 
 class Adapter(nn.Module):
-    """Holds the variables of a layer and calls its `apply`."""
+    """Holds the variables of a layer and calls it."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        mask: ArrayLike | None = None,
+    ) -> jax.Array:
+        """Normalizes `x`, and in training updates `batch_stats`, which must be mutable.
+
+        Args:
+          x: The input.
+          use_running_average: Inference if True, training if False; here or as a field.
+          mask: Boolean mask or non-negative weights that broadcast against `x`: which
+            positions the statistics are of.
+
+        Returns:
+          An array of the shape of `x`.
+        """
+        return self._run(x, use_running_average, mask)
 
     @nn.nowrap
     def _layer(self, **given: Any) -> layers.Layer:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not say which layer.")
 
     @nn.nowrap
     def _of_the_step(self) -> tuple:
@@ -58,6 +87,7 @@ class Adapter(nn.Module):
         params, state = jax.eval_shape(lambda: plan.init(features))
 
         stats = self._stats(plan, features, state, training)
+        record = self._record(stats, x, training)
         mean = stats["mean"].value
         _flax_fields.require_features("batch_stats", mean, state.mean, x, axes)
         x = _flax_fields.like_mean(x, mean, "Initialize with a complex `x`.")
@@ -69,14 +99,53 @@ class Adapter(nn.Module):
         like = x if jnp.iscomplexobj(x) else given
         alone = {"axis_name": None} if initializing else {}
         out = canonicalize_dtype(like, *params.values(), dtype=self.dtype)
-        layer = self._layer(feature_axes=axes, dtype=out, **alone)
-        wide = {name: self._widened(v.value) for name, v in stats.items()}
-        old = _flax_fields.state(type(state), wide, state)
-        y, new = layer.apply(params, old, x, training=training, weights=mask, **inputs)
-        if training and not initializing:
+        measuring = self._is_measuring()
+        y, new, recorded = _recording.run(
+            self._layer(feature_axes=axes, dtype=out, exact=measuring, **alone),
+            partial(_flax_fields.state, type(state), like=state),
+            params,
+            {name: self._widened(v.value) for name, v in stats.items()},
+            record and {name: variable.value for name, variable in record.items()},
+            x,
+            training=training,
+            weights=mask,
+            **inputs,
+        )
+        if training and not initializing and not measuring:
             for name, variable in stats.items():
                 variable.value = getattr(new, name)
+        for name, value in recorded.items():
+            record[name].value = value  # type: ignore  (None recorded nothing)
         return y
+
+    @nn.nowrap
+    def _is_measuring(self) -> bool:
+        """Whether moments are wanted, and no step of the statistics."""
+        mutable = self.is_mutable_collection
+        return mutable("batch_moments") and not mutable("batch_stats")
+
+    @nn.nowrap
+    def _record(self, stats: dict, x: jax.Array, training: bool) -> dict | None:
+        """The variables of `batch_moments`; None where nothing is to be recorded."""
+        accumulate: bool = self.accumulate  # type: ignore  (a field of every module)
+        initializing, measuring = self.is_initializing(), self._is_measuring()
+        wanted = self.is_mutable_collection("batch_moments")
+        given = self.has_variable("batch_moments", _recording.START + "mean")
+        right = wanted and measuring != given  # Measure, or have a window.
+        if accumulate and training and not initializing and not right:
+            raise ValueError(NO_WINDOW)
+        values = {name: v.value for name, v in stats.items()}
+        if accumulate and (initializing or (given and training)):
+            initial = _recording.empty_window(values)
+        elif wanted and not initializing and not (accumulate and given):
+            initial = _recording.empty(values["mean"], x)
+        else:
+            return None
+        record = {
+            name: self.variable("batch_moments", name, lambda value=value: value)
+            for name, value in initial.items()
+        }
+        return None if initializing else record
 
     @nn.nowrap
     def _stats(self, layer: layers.Layer, features, state: Any, training: bool) -> dict:
@@ -130,6 +199,7 @@ class Variant(Adapter):
       bias_init: Initializer of the bias.
       scale_init: Initializer of the scale.
       axis_name: Name or names of mapped axes to compute statistics over.
+      accumulate: As for `BatchNorm`.
     """
 
     use_running_average: bool | None = None
@@ -143,6 +213,7 @@ class Variant(Adapter):
     bias_init: Initializer = nn.initializers.zeros
     scale_init: Initializer = nn.initializers.ones
     axis_name: _mesh.AxisName | None = None
+    accumulate: bool = False
 
     def __post_init__(self):
         """Makes the fields hashable."""
@@ -153,24 +224,3 @@ class Variant(Adapter):
         if groups is not None:
             self.axis_index_groups = groups
         super().__post_init__()
-
-    @nn.compact
-    def __call__(
-        self,
-        x: ArrayLike,
-        use_running_average: bool | None = None,
-        *,
-        mask: ArrayLike | None = None,
-    ) -> jax.Array:
-        """Normalizes `x`, and updates the statistics where `batch_stats` is mutable.
-
-        Args:
-          x: The input.
-          use_running_average: Inference if True, training if False; here or as a field.
-          mask: Boolean mask or non-negative weights that broadcast against `x`: which
-            positions the statistics are of.
-
-        Returns:
-          An array of the shape of `x`.
-        """
-        return self._run(x, use_running_average, mask)

@@ -3,9 +3,7 @@
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 from jaxbn import _flax_fields, layers
 from jaxbn._running_stats import Momentum
@@ -21,6 +19,10 @@ class BatchNorm(Adapter, nn.BatchNorm):
 
         training:   y, m = batch_norm(x, scale, bias);  batch_stats = update(..., m)
         inference:  y = normalize(x, mean, var, scale, bias)
+
+    Wherever the collection `batch_moments` is mutable, it also records the exact
+    moments of its input, in training and at inference; where it is mutable and
+    `batch_stats` is not, the statistics stay (see `jaxbn.linen.moments_fn`).
 
     Where it differs from Flax's: statistics over devices weigh every example alike,
     also under masks; a mask may be float weights; NaN under the mask and an empty mask
@@ -42,6 +44,10 @@ class BatchNorm(Adapter, nn.BatchNorm):
       derivatives: "vjp" or "jvp", as for `jaxbn.batch_norm`.
       example_weight: Weight of an example's own moments at inference, as for
         `jaxbn.layers.standard`.
+      accumulate: Make one step of the statistics for several micro-batches, equal to
+        that of all of them in one batch: until `jaxbn.linen.commit` closes the window.
+        Its pooled moments and the statistics at its start are the collection
+        `batch_moments`, which must be passed along, and mutable in training.
       (others): As in `flax.linen.BatchNorm`.
 
     Raises:
@@ -68,6 +74,7 @@ class BatchNorm(Adapter, nn.BatchNorm):
     unbiased: bool = False
     derivatives: str = "vjp"
     example_weight: float = 0.0
+    accumulate: bool = False
 
     def __post_init__(self):
         """Makes the fields hashable."""
@@ -75,27 +82,6 @@ class BatchNorm(Adapter, nn.BatchNorm):
             self.axis, self.axis_name, self.axis_index_groups
         )
         super().__post_init__()
-
-    @nn.compact
-    def __call__(
-        self,
-        x: ArrayLike,
-        use_running_average: bool | None = None,
-        *,
-        mask: ArrayLike | None = None,
-    ) -> jax.Array:
-        """Normalizes `x`, and updates the statistics where `batch_stats` is mutable.
-
-        Args:
-          x: The input.
-          use_running_average: Inference if True, training if False; here or as a field.
-          mask: Boolean mask or non-negative weights that broadcast against `x`: which
-            positions the statistics are of.
-
-        Returns:
-          An array of the shape of `x`.
-        """
-        return self._run(x, use_running_average, mask)
 
     @nn.nowrap
     def _layer(self, **given: Any) -> layers.Layer:

@@ -1,6 +1,7 @@
 """`flax.nnx.BatchNorm` on jaxbn's verbs."""
 
 from collections.abc import Mapping
+from functools import partial
 from math import prod
 from types import MappingProxyType
 from typing import Any
@@ -14,9 +15,9 @@ from flax.nnx.nn.dtypes import canonicalize_dtype, promote_dtype
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from jax.typing import ArrayLike
 
-from jaxbn import _axes, _flax_fields, _mesh, layers
+from jaxbn import _axes, _flax_fields, _mesh, _recording, layers
 from jaxbn._running_stats import Momentum, RunningStats, init_stats
-from jaxbn.nnx._variant import NOT_GIVEN
+from jaxbn.nnx._variant import NOT_GIVEN, recorder, run, statistics
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -52,6 +53,10 @@ class BatchNorm(nnx.BatchNorm):
       derivatives: "vjp" or "jvp", as for `jaxbn.batch_norm`.
       example_weight: Weight of an example's own moments at inference, as for
         `jaxbn.layers.standard`.
+      accumulate: Make one step of the statistics for several micro-batches, equal to
+        that of all of them in one batch: until `jaxbn.nnx.commit` closes the window.
+        Its pooled moments and the statistics at its start are the variables
+        `batch_moments`, of type `BatchMoments`, a kind of `nnx.BatchStat`.
       (others): As in `flax.nnx.BatchNorm`.
 
     Raises:
@@ -96,6 +101,7 @@ class BatchNorm(nnx.BatchNorm):
         unbiased: bool = False,
         derivatives: str = "vjp",
         example_weight: float = 0.0,
+        accumulate: bool = False,
     ):
         features = _axes.shape(num_features, "num_features")
         axis, axis_name, axis_index_groups = _flax_fields.hashable(
@@ -129,10 +135,15 @@ class BatchNorm(nnx.BatchNorm):
         self.unbiased = unbiased
         self.derivatives = derivatives
         self.example_weight = example_weight
+        self.accumulate = accumulate
         complex_ = jnp.issubdtype(param_dtype, jnp.complexfloating)
         stats = init_stats(features, dtype=param_dtype if complex_ else jnp.float32)
         self.mean, self.var = nnx.BatchStat(stats.mean), nnx.BatchStat(stats.var)
         self.step = nnx.BatchStat(stats.step) if callable(momentum) else nnx.data(None)
+        self.batch_moments = nnx.data(None)
+        if accumulate:
+            kept = {name: variable[...] for name, variable in statistics(self).items()}
+            self.batch_moments = recorder(_recording.empty_window(kept))
 
     def __call__(
         self,
@@ -178,20 +189,15 @@ class BatchNorm(nnx.BatchNorm):
             use_scale=scale is not None,
             use_bias=bias is not None,
         )
-        step = None if self.step is None else self.step[...]
-        stats = _flax_fields.as_dict(mean=mean, var=self.var[...], step=step)
-        y, new = layer.apply(
+        return run(
+            self,
+            layer,
+            partial(_flax_fields.state, RunningStats, like=expected),
             _flax_fields.as_dict(scale=scale, bias=bias),
-            _flax_fields.state(RunningStats, stats, expected),
             x,
             training=training,
             weights=mask,
         )
-        if training:
-            self.mean[...], self.var[...] = new.mean, new.var
-            if self.step is not None:
-                self.step[...] = new.step
-        return y
 
     def _promoted(self, x: jax.Array):
         """x, scale and bias as `promote_dtype` has them, and the output's dtype."""

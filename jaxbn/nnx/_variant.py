@@ -1,5 +1,7 @@
 """From a layer to an nnx module: where its parameters and statistics live."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, TypedDict
 
 import jax
@@ -10,13 +12,16 @@ from flax.nnx.nn.dtypes import canonicalize_dtype
 from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 
-from jaxbn import _axes, _flax_fields, _mesh, layers
+from jaxbn import _axes, _flax_fields, _mesh, _recording, layers
 from jaxbn._running_stats import Momentum
 
 NOT_GIVEN = (
     "`use_running_average` was given neither to the constructor nor to the call. Pass "
     "True (inference) or False (training), or call `train()` or `eval()` on the model."
 )
+
+
+STATISTICS = ("mean", "var", "std", "step")
 
 
 class Common(TypedDict, total=False):
@@ -36,6 +41,68 @@ class Common(TypedDict, total=False):
     bias_init: Initializer
     scale_init: Initializer
     axis_name: _mesh.AxisName | None
+    accumulate: bool
+
+
+class BatchMoments(nnx.BatchStat):
+    """Moments of batches, and what else belongs to a window of micro-batches.
+
+    The arrays of `layer.batch_moments`: mean, var and count of what was seen since the
+    window was opened, and the statistics at its start.
+
+    Example:
+      >>> import jaxbn
+      >>> from flax import nnx
+      >>> layer = jaxbn.nnx.BatchNorm(2, accumulate=True, rngs=nnx.Rngs(0))
+      >>> sorted(layer.batch_moments)
+      ['count', 'mean', 'start_mean', 'start_var', 'var']
+
+    References:
+      https://flax.readthedocs.io/en/latest/guides/filters_guide.html
+    """
+
+
+def recorder(record: dict[str, jax.Array]) -> nnx.Dict:
+    """Variables for what is recorded."""
+    return nnx.Dict({name: BatchMoments(value) for name, value in record.items()})
+
+
+def statistics(module: Any) -> dict[str, nnx.Variable]:
+    """The running statistics of a module, by their names."""
+    found = {name: getattr(module, name, None) for name in STATISTICS}
+    return {name: v for name, v in found.items() if v is not None}
+
+
+def run(
+    module: Any,
+    layer: layers.Layer,
+    kind: Callable[[dict], Any],
+    params: dict[str, jax.Array],
+    x: jax.Array,
+    *,
+    training: bool,
+    **inputs: Any,
+) -> jax.Array:
+    """Applies a layer to the variables of its module, and updates them."""
+    stats, record = statistics(module), module.batch_moments
+    if module.accumulate and not training:
+        record = None
+    y, new, recorded = _recording.run(
+        layer,
+        kind,
+        params,
+        {name: variable[...] for name, variable in stats.items()},
+        record and {name: variable[...] for name, variable in record.items()},
+        x,
+        training=training,
+        **inputs,
+    )
+    if training:
+        for name, variable in stats.items():
+            variable[...] = getattr(new, name)
+    for name, value in recorded.items():
+        record[name][...] = value  # type: ignore  (None recorded nothing)
+    return y
 
 
 class Variant(nnx.Module):
@@ -58,6 +125,7 @@ class Variant(nnx.Module):
       bias_init: Initializer of the bias.
       scale_init: Initializer of the scale.
       axis_name: Name or names of mapped axes to compute statistics over.
+      accumulate: As for `BatchNorm`.
       rngs: For the initializers.
     """
 
@@ -76,6 +144,7 @@ class Variant(nnx.Module):
         bias_init: Initializer = nnx.initializers.zeros,
         scale_init: Initializer = nnx.initializers.ones,
         axis_name: _mesh.AxisName | None = None,
+        accumulate: bool = False,
         rngs: nnx.Rngs,
     ):
         self.num_features = num_features
@@ -85,6 +154,7 @@ class Variant(nnx.Module):
         self.dtype, self.param_dtype = dtype, param_dtype
         self.use_bias, self.use_scale = use_bias, use_scale
         self.bias_init, self.scale_init = bias_init, scale_init
+        self.accumulate = accumulate
         features = _axes.shape(num_features, "num_features")
         complex_ = jnp.issubdtype(param_dtype, jnp.complexfloating)
         stats_dtype = param_dtype if complex_ else jnp.float32
@@ -98,6 +168,10 @@ class Variant(nnx.Module):
         self._kept = tuple(n for n in state._fields if n != "step" or stepped)
         for name in self._kept:
             setattr(self, name, nnx.BatchStat(getattr(state, name)))
+        self.batch_moments = nnx.data(None)
+        if accumulate:
+            kept = {name: getattr(state, name) for name in self._kept}
+            self.batch_moments = recorder(_recording.empty_window(kept))
 
     def __call__(
         self,
@@ -126,7 +200,7 @@ class Variant(nnx.Module):
             self.use_running_average = use_running_average
 
     def _layer(self, **given: Any) -> layers.Layer:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not say which layer.")
 
     def _of_the_step(self) -> tuple:
         """What may be a function of the step, which then is kept."""
@@ -142,7 +216,7 @@ class Variant(nnx.Module):
         features = _axes.lengths(x, axes)
         plan = self._layer(feature_axes=axes)
         _, expected = jax.eval_shape(lambda: plan.init(features))
-        stats = {name: getattr(self, name) for name in self._kept}
+        stats = statistics(self)
         mean = stats["mean"][...]
         _flax_fields.require_features("num_features", mean, expected.mean, x, axes)
         remedy = "Make the module with `param_dtype=jnp.complex64`."
@@ -150,18 +224,15 @@ class Variant(nnx.Module):
         _flax_fields.require_mask(mask, x)
         params = {name: getattr(self, name)[...] for name in self._params}
         out = canonicalize_dtype(x, *params.values(), dtype=self.dtype)
-        values = {name: variable[...] for name, variable in stats.items()}
-        if callable(self.momentum) and "step" not in values:
+        if callable(self.momentum) and "step" not in stats:
             raise ValueError(_flax_fields.LATE_MOMENTUM)
-        y, new = self._layer(feature_axes=axes, dtype=out).apply(
+        return run(
+            self,
+            self._layer(feature_axes=axes, dtype=out),
+            partial(_flax_fields.state, self._stats, like=expected),
             params,
-            _flax_fields.state(self._stats, values, expected),
             x,
             training=training,
             weights=mask,
             **inputs,
         )
-        if training:
-            for name, variable in stats.items():
-                variable[...] = getattr(new, name)
-        return y

@@ -1,0 +1,75 @@
+"""The running statistics of a model's layers: out of its variables, and back."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxbn import _dtypes
+from jaxbn._running_stats import RunningStats
+
+NO_LAYERS = (
+    "{} has no running statistics of batch norms. Build the model with those of "
+    "`{}`, and pass the variables that its `init` made."
+)
+
+
+def as_running_stats(values: Mapping[str, Any]) -> RunningStats:
+    """A layer's statistics; where it tracks a standard deviation, that squared."""
+    arrays = {name: jnp.asarray(value) for name, value in values.items()}
+    if "std" in arrays:
+        arrays["var"] = jnp.square(_dtypes.widen(arrays.pop("std")))
+    return RunningStats(**{"step": jnp.zeros((), jnp.int32)} | arrays)
+
+
+def replaced(name: str, old: Mapping[str, Any], stats: Any) -> dict[str, jax.Array]:
+    """A layer's arrays with other statistics in them, in the dtypes that they had.
+
+    Steps do not go back: what depends on them (schedules, debiasing) goes on.
+    """
+    if not isinstance(stats, RunningStats):
+        raise TypeError(
+            f"`stats[{name!r}]` is {type(stats).__name__}, expected a `RunningStats`."
+        )
+    shape = jnp.shape(old["mean"])
+    if jnp.shape(stats.mean) != shape or jnp.shape(stats.var) != shape:
+        raise ValueError(
+            f"`stats[{name!r}]` has features of shape {jnp.shape(stats.mean)}, but "
+            f"the layer has {shape}. Take them from the same model."
+        )
+    mean, own = jnp.asarray(stats.mean), jnp.asarray(old["mean"])
+    _dtypes.require_no_imaginary_loss(f"stats[{name!r}].mean", mean, "mean", own.dtype)
+    new: dict[str, jax.Array] = {"mean": mean, "var": jnp.asarray(stats.var)}
+    if "std" in old:
+        new["std"] = jnp.sqrt(_dtypes.widen(new.pop("var")))
+    if "step" in old:
+        new["step"] = jnp.maximum(jnp.asarray(old["step"]), stats.step)
+    return {key: v.astype(jnp.asarray(old[key]).dtype) for key, v in new.items()}
+
+
+def require_same_layers(given: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Refuses statistics that are not of all layers, or are of others."""
+    missing, unknown = sorted(set(own) - set(given)), sorted(set(given) - set(own))
+    if missing or unknown:
+        raise ValueError(
+            f"`stats` must have the layers of the model. It lacks {missing}, and has "
+            f"{unknown}, which the model has not. To keep the statistics of some "
+            "layers, start from `running_stats`: `running_stats(...) | stats`."
+        )
+
+
+def static_and_traced(call: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Keywords that a compiled function is made for, and those that it is given."""
+    static = {name: value for name, value in call.items() if is_static(value)}
+    traced = {name: value for name, value in call.items() if name not in static}
+    return tuple(static.items()), traced
+
+
+def is_static(value: Any) -> bool:
+    """Whether a function can be compiled for a value."""
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return not isinstance(value, jax.Array)

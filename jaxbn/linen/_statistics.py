@@ -1,0 +1,240 @@
+"""The statistics of a linen model: taken out, measured, put back; windows closed."""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax.core import FrozenDict, freeze
+from flax.errors import ModifyScopeVariableError
+
+from jaxbn import _module_stats, _recording
+from jaxbn._moments import Moments
+from jaxbn._running_stats import RunningStats
+
+Variables = Mapping[str, Any]
+
+
+def running_stats(variables: Variables) -> dict[str, RunningStats]:
+    """The running statistics of every batch norm of a model.
+
+    Args:
+      variables: Those of a model, with the collection `batch_stats`.
+
+    Returns:
+      A dict from the path of a layer, such as "Block_0/BatchNorm_1", to its
+      `RunningStats`. For `BatchRenorm`, `var` is the square of its `std`; `step` is 0
+      where the layer keeps none.
+
+    Raises:
+      ValueError: There are no such statistics.
+
+    Example:
+      >>> import flax.linen as nn, jax, jaxbn, jax.numpy as jnp
+      >>> net = nn.Sequential([nn.Dense(2), jaxbn.linen.BatchNorm(True)])
+      >>> variables = net.init(jax.random.key(0), jnp.ones((4, 3)))
+      >>> list(jaxbn.linen.running_stats(variables))
+      ['layers_1']
+
+    References:
+      https://flax-linen.readthedocs.io/en/latest/guides/training_techniques/batch_norm.html
+    """
+    layers = _layers_of(variables)
+    return {path: _module_stats.as_running_stats(v) for path, v in layers.items()}
+
+
+def load_stats(variables: Variables, stats: Mapping[str, RunningStats]) -> dict:
+    """Variables with other running statistics: the inverse of `running_stats`.
+
+    Args:
+      variables: Those of a model.
+      stats: A `RunningStats` for every batch norm, by its path, as `recalibrate`,
+        `adapt` and `running_stats` return them.
+
+    Returns:
+      New variables with the structure and dtypes of the old ones. A layer's `step` does
+      not go back, so that schedules go on; windows of `accumulate` are closed.
+
+    Raises:
+      TypeError: A value is no `RunningStats`.
+      ValueError: Layers are missing, unknown, or have other features, or the variables
+        have no statistics.
+
+    Example:
+      >>> import jax, jaxbn, jax.numpy as jnp
+      >>> net = jaxbn.linen.BatchNorm(use_running_average=False)
+      >>> batches = [jnp.array([[1.0], [3.0]]), jnp.array([[5.0], [7.0]])]
+      >>> variables = net.init(jax.random.key(0), batches[0])
+      >>> measure = jaxbn.linen.moments_fn(net, variables)
+      >>> stats = jaxbn.population.recalibrate(measure, batches)
+      >>> variables = jaxbn.linen.load_stats(variables, stats)
+      >>> print(variables["batch_stats"]["mean"], variables["batch_stats"]["var"])
+      [4.] [5.]
+
+    References:
+      https://flax-linen.readthedocs.io/en/latest/guides/training_techniques/batch_norm.html
+    """
+    own = _layers_of(variables)
+    _module_stats.require_same_layers(stats, own)
+    batch_stats = variables["batch_stats"]
+    for path, old in own.items():
+        new = _module_stats.replaced(path, old, stats[path])
+        batch_stats = _with(batch_stats, path, new)
+    loaded = {**variables, "batch_stats": batch_stats}
+    if _windows(variables):
+        return commit(_like(variables, loaded))
+    return _like(variables, loaded)
+
+
+def moments_fn(
+    model: nn.Module, variables: Variables, **call: Any
+) -> Callable[[Any], dict[str, Moments]]:
+    """A function that measures what every batch norm of a model sees of a batch.
+
+    It runs `model.apply(variables, batch, mutable=["batch_moments"], **call)`, and
+    leaves variables as they are. In training layers are normalized by the batch, as
+    Precise BN and AdaBN want it; at inference by the running statistics, as for
+    `drift`. Which of the two it is, and what else the model takes, is up to `call`.
+
+    Args:
+      model: A model with batch norms of `jaxbn.linen`.
+      variables: Its variables, with `batch_stats`.
+      **call: What `model.apply` takes besides: `training=True`, or whatever the model
+        calls it; `rngs`; `method`, a function of the module and the batch, where a
+        batch is not the model's first argument: `lambda net, b: net(b["image"])`.
+
+    Returns:
+      `f(batch)`, compiled, that returns a dict from the path of a layer to its
+      `Moments`: exact ones, taken in two passes. A layer that is called several times
+      has the moments of all its inputs together; one that is not called, count 0.
+
+    Raises:
+      ValueError: The variables have no statistics. In the call: no layer recorded
+        moments, or a layer of another library wants to write statistics.
+
+    Example:
+      >>> import jax, jaxbn, jax.numpy as jnp
+      >>> net = jaxbn.linen.BatchNorm()
+      >>> x = jnp.array([[1.0], [3.0]])
+      >>> variables = net.init(jax.random.key(0), x, use_running_average=True)
+      >>> f = jaxbn.linen.moments_fn(net, variables, use_running_average=False)
+      >>> print(f(x)[""].mean)
+      [2.]
+
+    References:
+      Wu and Johnson, "Rethinking 'Batch' in BatchNorm" (2021).
+    """
+    _layers_of(variables)
+    given = {name: v for name, v in variables.items() if name != "batch_moments"}
+    static, traced = _module_stats.static_and_traced(call)
+    if not _module_stats.is_static(model):  # It has an array for a field.
+        measure = jax.jit(partial(_measure, model, static))
+        return partial(measure, traced, given)
+    return partial(_measure_compiled, model, static, traced, given)
+
+
+def _measure(model: nn.Module, static, traced, variables: Variables, batch: Any):
+    call = dict(static) | traced
+    try:
+        _, new = model.apply(variables, batch, mutable=["batch_moments"], **call)
+    except ModifyScopeVariableError as error:
+        raise ValueError(
+            "A layer of the model writes `batch_stats` by itself: a batch norm of "
+            "another library, whose moments cannot be measured. Use "
+            f"`jaxbn.linen.BatchNorm` in its place. Flax says: {error}"
+        ) from error
+    found = dict(_layers(new.get("batch_moments", {})))
+    if not found:
+        raise ValueError(
+            "No layer of the model recorded moments: none that ran is a batch norm of "
+            "jaxbn. Build the model with `jaxbn.linen.BatchNorm`."
+        )
+    return {
+        path: _recording.moments_of(found.get(path) or _recording.empty(stats["mean"]))
+        for path, stats in _layers_of(variables).items()
+    }
+
+
+_measure_compiled = jax.jit(_measure, static_argnums=(0, 1))
+
+
+def commit(variables: Variables) -> dict:
+    """Closes the windows of all layers with `accumulate`: the step is done.
+
+    The statistics of the window, which are those of all its micro-batches in one batch,
+    are where the next window starts from.
+
+    Args:
+      variables: Those of a model, or what `apply` returned of them, with the collection
+        `batch_moments`.
+
+    Returns:
+      New variables of the same structure: the same `batch_stats`, and empty windows.
+
+    Raises:
+      ValueError: There is no window.
+
+    Example:
+      >>> import jax, jaxbn, jax.numpy as jnp
+      >>> net = jaxbn.linen.BatchNorm(False, momentum=0.5, accumulate=True)
+      >>> x = jnp.array([[1.0], [3.0]])
+      >>> variables = net.init(jax.random.key(0), x)
+      >>> for micro_batch in (x, x + 4.0):
+      ...     _, new = net.apply(
+      ...         variables, micro_batch, mutable=["batch_stats", "batch_moments"]
+      ...     )
+      ...     variables |= new
+      >>> print(variables["batch_stats"]["mean"])  # (0 + 4) / 2: one step
+      [2.]
+      >>> variables = jaxbn.linen.commit(variables)
+
+    References:
+      https://optax.readthedocs.io/en/latest/api/optimizer_wrappers.html
+    """
+    windows = _windows(variables)
+    if not windows:
+        raise ValueError(
+            "`variables` has no window of micro-batches. Build the batch norms with "
+            "`accumulate=True`, keep the collection `batch_moments` that `init` makes, "
+            'and pass `mutable=["batch_stats", "batch_moments"]` in training.'
+        )
+    tree = variables["batch_moments"]
+    for path, record in windows.items():
+        tree = _with(tree, path, _recording.closed(record))
+    return _like(variables, {**variables, "batch_moments": tree})
+
+
+def _windows(variables: Variables) -> dict[str, Mapping]:
+    found = _layers(variables.get("batch_moments", {}))
+    return {path: record for path, record in found if _recording.is_window(record)}
+
+
+def _layers_of(variables: Variables) -> dict[str, Mapping]:
+    found = dict(_layers(variables.get("batch_stats", {})))
+    if not found:
+        raise ValueError(_module_stats.NO_LAYERS.format("`variables`", "jaxbn.linen"))
+    return found
+
+
+def _layers(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Mapping]]:
+    """The dicts with a mean, which are those of batch norms, by their paths."""
+    if not isinstance(tree, Mapping):
+        return
+    if "mean" in tree and not isinstance(tree["mean"], Mapping):
+        yield "/".join(path), tree
+        return
+    for name, part in tree.items():
+        yield from _layers(part, (*path, name))
+
+
+def _with(tree: Mapping, path: str, leaf: Mapping) -> Any:
+    """The tree with another dict at a path."""
+    if not path:
+        return _like(tree, leaf)
+    name, _, rest = path.partition("/")
+    return _like(tree, {**tree, name: _with(tree[name], rest, leaf)})
+
+
+def _like(tree: Mapping, new: Mapping) -> Any:
+    return freeze(new) if isinstance(tree, FrozenDict) else dict(new)

@@ -1,0 +1,92 @@
+"""Statistics adapted to another domain than that of the training data."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.typing import ArrayLike
+
+from jaxbn._moments import Moments
+from jaxbn._running_stats import RunningStats, update
+from jaxbn.population._trees import map_layers, require_same_layers, whole_count
+
+
+def adapt(
+    stats: Any,
+    moments: Any,
+    *,
+    pseudo_samples: ArrayLike = 0.0,
+    samples: ArrayLike | None = None,
+) -> Any:
+    """Running statistics moved to the domain that `moments` are of.
+
+        mean = N/(N + n)·stats.mean + n/(N + n)·moments.mean        var alike
+
+    with n samples of the new domain, and the old statistics counted as N of them.
+
+    - AdaBN: N = 0, `moments` collected over the unlabelled data of the new domain.
+    - Prediction-time batch norm: N = 0, `moments` of the batch that is to be predicted.
+    - The mix: N of 8 to 64, `moments` of a batch as small as one sample.
+
+    Only statistics change: no labels and no gradients are needed. Where a layer's
+    `moments` are measured decides what it is normalized by before: with
+    `moments_fn(..., training)` its input comes from layers normalized by the new domain
+    alone, which is exact for N = 0.
+
+    Args:
+      stats: A tree of `RunningStats`, the old ones: from `jaxbn.linen.running_stats` or
+        `jaxbn.nnx.running_stats`.
+      moments: A tree of `Moments` of the same layers, from `moments_fn` or `collect`.
+      pseudo_samples: N, 0 or more; infinite leaves the statistics as they are.
+      samples: n, how many examples `moments` are of. Needed if N is not 0: the counts
+        of a convolution's moments are of positions, not of examples.
+
+    Returns:
+      A tree of `RunningStats` like `stats`. What has no weight in `moments` stays.
+
+    Raises:
+      TypeError: A tree has other leaves.
+      ValueError: The trees are of different layers or features, `pseudo_samples` or
+        `samples` are negative, or `samples` are needed.
+
+    Example:
+      >>> import jaxbn, jax.numpy as jnp
+      >>> stats = jaxbn.init_stats(1)
+      >>> m = jaxbn.moments(jnp.array([[4.0], [8.0]]))
+      >>> new = jaxbn.population.adapt(stats, m, pseudo_samples=6, samples=2)
+      >>> print(new.mean, new.var)
+      [1.5] [1.75]
+
+    References:
+      Li et al., "Revisiting Batch Normalization For Practical Domain Adaptation"
+      (2016), for AdaBN. Nado et al., "Evaluating Prediction-Time Batch Normalization
+      for Robustness under Covariate Shift" (2020). Schneider et al., "Improving
+      robustness against common corruptions by covariate shift adaptation" (2020), for
+      the mix.
+    """
+    require_same_layers(stats, moments)
+    kept = _kept(pseudo_samples, samples)
+
+    def adapted(old: RunningStats, m: Moments) -> RunningStats:
+        return update(old, m._replace(count=whole_count(m)), momentum=kept)
+
+    return map_layers(adapted, stats, moments)
+
+
+def _kept(pseudo_samples: ArrayLike, samples: ArrayLike | None) -> ArrayLike:
+    """N/(N + n), the weight of the old statistics."""
+    for name, value in {"pseudo_samples": pseudo_samples, "samples": samples}.items():
+        known = value is not None and not isinstance(value, Tracer)
+        if known and not (np.ndim(value) == 0 and value >= 0):  # type: ignore
+            raise ValueError(f"`{name}` must be a number of at least 0, got {value}.")
+    if samples is None:
+        if isinstance(pseudo_samples, Tracer) or pseudo_samples != 0:
+            raise ValueError(
+                "`samples` is needed with `pseudo_samples`: how many examples the "
+                "moments are of, such as the size of the batch."
+            )
+        return 0.0
+    prior, new = jnp.asarray(pseudo_samples, float), jnp.asarray(samples, float)
+    share = prior / jnp.where(prior + new > 0, prior + new, 1)
+    return jnp.where(jnp.isinf(prior), 1.0, share)

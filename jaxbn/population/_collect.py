@@ -1,0 +1,86 @@
+"""The moments of a whole data set, batch by batch."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxbn._moments import Moments, merge_moments
+from jaxbn.population._trees import map_layers, named_layers, whole_count
+
+
+def collect(moments_fn: Callable[[Any], Any], batches: Iterable[Any]) -> Any:
+    """Pools the moments of all batches, holding one batch in memory at a time.
+
+        n = Σnₖ      mean = Σnₖ·meanₖ / n
+        var = Σnₖ·varₖ / n + Σnₖ|meanₖ − mean|² / n        over batches k
+
+    Batches may differ in size. Their moments are merged in pairs, then pairs of pairs,
+    so that rounding errors grow with the logarithm of their number.
+
+    Args:
+      moments_fn: Called with each batch, returns a tree of `Moments`, always of the
+        same layers. `jaxbn.linen.moments_fn` and `jaxbn.nnx.moments_fn` make one.
+      batches: Any iterable of what `moments_fn` takes, `tqdm(batches)` too.
+
+    Returns:
+      A tree of `Moments` like those of a batch.
+
+    Raises:
+      TypeError: What `moments_fn` returns has other leaves than `Moments`.
+      ValueError: There is no batch, a batch has no layer or other layers than the
+        first one.
+
+    Example:
+      >>> import jaxbn, jax.numpy as jnp
+      >>> batches = [jnp.array([[1.0], [3.0]]), jnp.array([[5.0], [7.0], [9.0]])]
+      >>> m = jaxbn.population.collect(jaxbn.moments, batches)
+      >>> print(m.mean, m.var, m.count)
+      [5.] [8.] 5.0
+
+    References:
+      Chan, Golub and LeVeque, "Algorithms for computing the sample variance" (1983).
+    """
+    return pool(moments_fn, batches)[1]
+
+
+def pool(moments_fn: Callable[[Any], Any], batches: Iterable[Any]) -> tuple[int, Any]:
+    """The number of batches, and what `collect` returns."""
+    done: list[tuple[int, Any]] = []  # Each of twice as many batches as the next.
+    for batch in batches:
+        size, part = 1, moments_fn(batch)
+        named_layers("moments_fn(batch)", part, Moments)
+        while done and done[-1][0] == size:
+            size, part = 2 * size, _merged(done.pop()[1], part)
+        done.append((size, part))
+    if not done:
+        raise ValueError(
+            "`batches` is empty. If it is an iterator, another loop may have used it "
+            "up: pass a list, or make it anew."
+        )
+    number, pooled = done.pop()
+    while done:
+        size, part = done.pop()
+        number, pooled = number + size, _merged(part, pooled)
+    return number, pooled
+
+
+def _merged(first: Any, second: Any) -> Any:
+    structures = [jax.tree.structure(tree) for tree in (first, second)]
+    if structures[0] != structures[1]:
+        raise ValueError(
+            "`moments_fn` returned other layers for one batch than for another: "
+            f"{structures[0]} and {structures[1]}."
+        )
+    return _merge_pair(first, second)
+
+
+@jax.jit
+def _merge_pair(first: Any, second: Any) -> Any:
+    def merge(a: Moments, b: Moments) -> Moments:
+        if jnp.shape(a.count) != jnp.shape(b.count):
+            a, b = (m._replace(count=whole_count(m)) for m in (a, b))
+        return merge_moments(jax.tree.map(lambda *both: jnp.stack(both), a, b))
+
+    return map_layers(merge, first, second)

@@ -1,0 +1,105 @@
+"""How far data have moved from running statistics."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxbn import _dtypes
+from jaxbn._moments import Moments
+from jaxbn._running_stats import RunningStats
+from jaxbn.population._trees import map_layers, require_same_layers, whole_count
+
+
+class Drift(NamedTuple):
+    """How one layer's data differ from its running statistics, channel by channel.
+
+    Attributes:
+      kl: Symmetric Kullback-Leibler divergence of the two Gaussians, in nats.
+      mean_shift: Difference of the means in running standard deviations; signed, or its
+        magnitude for complex data.
+      var_ratio: The data's variance over the running one.
+      dead: Whether the data are constant, to the precision of their dtype.
+      non_finite: Whether a mean or variance is infinite or NaN.
+      never_updated: Whether the running statistics are the initial 0 and 1; a scalar.
+
+    Example:
+      >>> import jaxbn, jax.numpy as jnp
+      >>> m = jaxbn.moments(jnp.ones((4, 2)))
+      >>> found = jaxbn.population.drift(jaxbn.init_stats(2), m)
+      >>> print(found.dead, found.never_updated)
+      [ True  True] True
+    """
+
+    kl: jax.Array
+    mean_shift: jax.Array
+    var_ratio: jax.Array
+    dead: jax.Array
+    non_finite: jax.Array
+    never_updated: jax.Array
+
+
+def drift(stats: Any, moments: Any, *, epsilon: float = 1e-5) -> Any:
+    """How far the data of `moments` have moved from the running statistics.
+
+    With μ and σ² the running mean and variance, m and s² those of the data, and epsilon
+    added to both variances:
+
+        mean_shift = (m − μ) / σ        var_ratio = s² / σ²
+        kl = KL(data ‖ running) + KL(running ‖ data)
+           = (s² − σ²)² / (2·s²·σ²) + (m − μ)² · (1/s² + 1/σ²) / 2
+
+    In inference a channel with `mean_shift` d and `var_ratio` r comes out of the
+    normalization with mean d and variance r instead of 0 and 1.
+
+    Args:
+      stats: A tree of `RunningStats`, one for each layer.
+      moments: A tree of `Moments` of the same layers, from `moments_fn` or `collect`.
+        To watch a network as it is used, measure them at inference.
+      epsilon: Added to variances, as by the layers.
+
+    Returns:
+      A tree of `Drift` with arrays of the shape of the features. A pure function, to be
+      compiled and logged in training; `summary` makes a table of it.
+
+    Raises:
+      TypeError: A tree has other leaves.
+      ValueError: The trees are of different layers or features.
+
+    Example:
+      >>> import jaxbn, jax.numpy as jnp
+      >>> stats = jaxbn.init_stats(1)
+      >>> m = jaxbn.moments(jnp.array([[1.0], [5.0]]))
+      >>> found = jaxbn.population.drift(stats, m, epsilon=0.0)
+      >>> print(found.mean_shift, found.var_ratio, found.kl)
+      [3.] [4.] [6.75]
+
+    References:
+      https://en.wikipedia.org/wiki/Kullback–Leibler_divergence#Symmetrised_divergence
+    """
+    require_same_layers(stats, moments)
+
+    def of_layer(old: RunningStats, m: Moments) -> Drift:
+        return _drift(old, m, epsilon)
+
+    return map_layers(of_layer, stats, moments)
+
+
+def _drift(stats: RunningStats, m: Moments, epsilon: float) -> Drift:
+    resolution = jnp.finfo(m.var.dtype).eps
+    mean, var = (_dtypes.widen(jnp.asarray(v)) for v in stats[:2])
+    entries = (mean, var, m.mean, m.var)
+    finite = jnp.stack([jnp.isfinite(v) for v in entries]).all(0)
+    var, s2 = var + epsilon, m.var + epsilon
+    apart = m.mean - mean
+    distance = jnp.square(jnp.abs(apart))
+    shift = jnp.abs(apart) if jnp.iscomplexobj(apart) else apart
+    return Drift(
+        # Not (s²/σ² + σ²/s²)/2 − 1, which cancels where the two are near.
+        kl=(jnp.square(s2 - var) / (s2 * var) + distance * (1 / s2 + 1 / var)) / 2,
+        mean_shift=shift / jnp.sqrt(var),
+        var_ratio=s2 / var,
+        dead=(m.var <= jnp.square(resolution * jnp.abs(m.mean))) & (whole_count(m) > 0),
+        non_finite=~finite,
+        never_updated=jnp.all((stats.mean == 0) & (stats.var == 1)),
+    )

@@ -1,0 +1,110 @@
+"""Precise batch norm: running statistics measured anew."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxbn._moments import Moments
+from jaxbn._running_stats import RunningStats, init_stats, update
+from jaxbn.population._collect import pool
+from jaxbn.population._trees import map_layers, require_weight, whole_count
+
+ESTIMATORS = ("pooled", "average")
+REMEDY = (
+    "Run it in `moments_fn`, on batches that reach all of it; to leave as it is what "
+    "has no data, use `adapt`."
+)
+
+
+def recalibrate(
+    moments_fn: Callable[[Any], Any],
+    batches: Iterable[Any],
+    *,
+    estimator: str = "pooled",
+    unbiased: bool = False,
+) -> Any:
+    """Running statistics measured anew, for the weights as they are now (Precise BN).
+
+        "pooled":   mean, var = those of all batches together
+        "average":  mean = average of the batches' means, var = average of their vars
+
+    The running average of training is of weights that have changed since, and of few
+    batches. After training, after averaging weights (EMA, SWA) and after pruning or
+    quantizing them, the statistics of the weights that are used can be measured on some
+    1000 to 10 000 examples. In the first layer "pooled" is what one batch of all the
+    data would give, whatever the sizes of the batches; in later ones it is that of
+    inputs which were normalized batch by batch, if `moments_fn` runs the network in
+    training.
+
+    Args:
+      moments_fn: Called with each batch, returns a tree of `Moments`, always of the
+        same layers. `jaxbn.linen.moments_fn` and `jaxbn.nnx.moments_fn` make one. It
+        may be compiled, and batches may be sharded over devices and processes.
+      batches: Any iterable of what `moments_fn` takes; `tqdm(batches)` shows progress.
+        One batch is in memory at a time.
+      estimator: "pooled" weighs every example alike, and includes the variance between
+        batches. "average" weighs every batch alike, and leaves it out.
+      unbiased: Take variances times n/(n − 1), with n of all the data or, for
+        "average", of each batch.
+
+    Returns:
+      A tree of `RunningStats` like the one that `moments_fn` returns; `step` is the
+      number of batches. `jaxbn.linen.load_stats` and `jaxbn.nnx.load_stats` put it into
+      a model.
+
+    Raises:
+      TypeError: What `moments_fn` returns has other leaves than `Moments`.
+      ValueError: There is no batch, a layer has seen no data, batches have different
+        layers, or there is no such `estimator`.
+
+    Example:
+      >>> import jaxbn, jax.numpy as jnp
+      >>> batches = [jnp.array([[1.0], [3.0]]), jnp.array([[5.0], [7.0], [9.0]])]
+      >>> stats = jaxbn.population.recalibrate(jaxbn.moments, batches)
+      >>> print(stats.mean, stats.var, stats.step)
+      [5.] [8.] 2
+
+    References:
+      Wu and Johnson, "Rethinking 'Batch' in BatchNorm" (2021), section 3. Ioffe and
+      Szegedy, "Batch Normalization" (2015), algorithm 2, for the unbiased average.
+    """
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"`estimator` must be one of {ESTIMATORS}, got {estimator!r}.")
+
+    def stats_of(m: Moments) -> RunningStats:
+        m = m._replace(count=whole_count(m))
+        fresh = init_stats(m.mean.shape, dtype=m.mean.dtype)
+        return update(fresh, m, momentum=0.0, unbiased=unbiased)
+
+    def apart(batch: Any) -> tuple[Any, Any]:
+        found = moments_fn(batch)
+        return map_layers(mean_of, found), map_layers(var_of, found)
+
+    def mean_of(m: Moments) -> Moments:
+        return _one(stats_of(m).mean, m)
+
+    def var_of(m: Moments) -> Moments:
+        return _one(stats_of(m).var, m)
+
+    if estimator == "pooled":
+        number, moments = pool(moments_fn, batches)
+        require_weight(moments, REMEDY)
+        stats = map_layers(stats_of, moments)
+    else:
+        number, (means, variances) = pool(apart, batches)
+        require_weight(means, REMEDY)
+        stats = map_layers(_averaged, means, variances)
+    step = jnp.asarray(number, jnp.int32)
+    return map_layers(lambda s: s._replace(step=step), stats)
+
+
+def _one(statistic: jax.Array, m: Moments) -> Moments:
+    """A statistic of a batch as one sample of its own, or none if it had no data."""
+    weight = (whole_count(m) > 0).astype(m.count.dtype)
+    return Moments(statistic, jnp.zeros_like(m.var), weight)
+
+
+def _averaged(means: Moments, variances: Moments) -> RunningStats:
+    return RunningStats(means.mean, variances.mean, jnp.zeros((), jnp.int32))

@@ -1,0 +1,88 @@
+"""Trees of moments and of statistics, layer by layer."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from jaxbn._moments import Moments
+from jaxbn._running_stats import RunningStats
+
+KINDS = (Moments, RunningStats)
+
+
+def named_layers(name: str, tree: Any, kind: type) -> dict[str, Any]:
+    """The layers of a tree, by their paths; refused where a leaf is of another kind."""
+    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_layer)
+    for path, leaf in found:
+        if not isinstance(leaf, kind):
+            raise TypeError(
+                f"`{name}{jax.tree_util.keystr(path)}` is {type(leaf).__name__}, "
+                f"expected a tree of `{kind.__name__}`, one for each layer."
+            )
+    if not found:
+        raise ValueError(
+            f"`{name}` has no layer. Build the model with batch norms of jaxbn."
+        )
+    return {path_name(path): leaf for path, leaf in found}
+
+
+def map_layers(function: Callable, tree: Any, *rest: Any) -> Any:
+    """`function` of the layers at each place of the trees."""
+    return jax.tree.map(function, tree, *rest, is_leaf=_is_layer)
+
+
+def require_same_layers(stats: Any, moments: Any) -> None:
+    """Refuses statistics and moments that are not of the same layers."""
+    ours = named_layers("stats", stats, RunningStats)
+    theirs = named_layers("moments", moments, Moments)
+    if set(ours) != set(theirs):
+        raise ValueError(
+            f"`stats` and `moments` are of different layers: {sorted(ours)} and "
+            f"{sorted(theirs)}. Take both from the same model."
+        )
+    for name, own in ours.items():
+        if own.mean.shape != theirs[name].mean.shape:
+            raise ValueError(
+                f"`moments` of layer {name!r} have features of shape "
+                f"{theirs[name].mean.shape}, `stats` of {own.mean.shape}. Take both "
+                "from the same model."
+            )
+
+
+def require_weight(moments: Any, remedy: str) -> None:
+    """Refuses moments that lack data, where counts are known."""
+    for name, m in named_layers("moments", moments, Moments).items():
+        if isinstance(m.count, Tracer):
+            continue
+        counts = np.asarray(m.count)
+        if not counts.any():
+            raise ValueError(
+                f"Layer {name!r} has seen no data: it never ran, or all its weights "
+                f"were 0, or it is a batch norm of another library. {remedy}"
+            )
+        if not counts.all():
+            raise ValueError(
+                f"{np.sum(counts == 0)} of {counts.size} entries of layer {name!r} "
+                f"have seen no data: of a domain without an example, or of features "
+                f"that a mask hides. {remedy}"
+            )
+
+
+def path_name(path: Iterable[Any]) -> str:
+    """A path as words with slashes between them."""
+    return "/".join(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+
+def whole_count(m: Moments) -> jax.Array:
+    """The count in the shape of the mean."""
+    count = jnp.asarray(m.count)
+    count = jnp.expand_dims(count, tuple(range(count.ndim, jnp.ndim(m.mean))))
+    return jnp.broadcast_to(count, jnp.shape(m.mean))
+
+
+def _is_layer(node: Any) -> bool:
+    return isinstance(node, KINDS)
