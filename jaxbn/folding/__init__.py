@@ -1,7 +1,12 @@
 """Batch norm at inference folded into the dense layer or convolution beside it.
 
-`fold_dense` and `fold_conv` fold one layer, given as arrays.
+`fold_dense` and `fold_conv` fold one layer, given as arrays. `fold` folds a whole
+inference function and its parameters, and `report` tells what it can and cannot fold.
 """
 
+from jaxbn.folding._fold import fold as fold
 from jaxbn.folding._layers import fold_conv as fold_conv
 from jaxbn.folding._layers import fold_dense as fold_dense
+from jaxbn.folding._report import FoldedLayer as FoldedLayer
+from jaxbn.folding._report import FoldReport as FoldReport
+from jaxbn.folding._report import report as report

@@ -79,8 +79,9 @@ def fold_dense(
     inputs, outputs = tuple(range(first)), tuple(range(first, kernel.ndim))
     axes = outputs if position == "after" else inputs
     features = tuple(kernel.shape[axis] for axis in axes)
-    norm = _norm(kernel, stats, scale, bn_bias, epsilon, features, position)
+    given = (stats, scale, bn_bias, epsilon)
     _require_bias(bias, tuple(kernel.shape[axis] for axis in outputs))
+    norm = _norm(kernel, bias, *given, features, position)
     if position == "after":
         return _after(kernel, bias, norm, outputs)
     return _before(kernel, bias, norm, inputs, inputs)
@@ -166,8 +167,9 @@ def fold_conv(
     _require_groups(feature_group_count, outputs)
     after = position == "after"
     features = (outputs if after else inputs * feature_group_count,)
-    norm = _norm(kernel, stats, scale, bn_bias, epsilon, features, position)
+    given = (stats, scale, bn_bias, epsilon)
     _require_bias(bias, (outputs,))
+    norm = _norm(kernel, bias, *given, features, position)
     if after:
         return _after(kernel, bias, norm, (out,))
     spatial = [n for i, n in enumerate(kernel.shape) if i not in (into, out)]
@@ -181,8 +183,6 @@ def fold_conv(
 
 def _after(kernel, bias, norm, axes) -> tuple[jax.Array, jax.Array]:
     factor, offset = norm
-    if bias is not None:
-        offset = _dtypes.widen(bias, offset) * factor + offset
     wide = _arithmetic.after(_dtypes.widen(kernel, factor), factor, axes)
     return _results(kernel, bias, wide, offset)
 
@@ -224,7 +224,7 @@ def _mean(stats: RunningStats) -> jax.Array:
 
 
 def _norm(
-    kernel, stats, scale, bn_bias, epsilon, features, position
+    kernel, bias, stats, scale, bn_bias, epsilon, features, position
 ) -> tuple[jax.Array, jax.Array]:
     """The batch norm as `a·x + c`, in a wide dtype, all its arguments checked."""
     given = {"stats.mean": _mean(stats), "stats.var": stats.var}
@@ -246,10 +246,14 @@ def _norm(
     _dtypes.require_no_imaginary_loss(
         "stats.var", arrays["stats.var"], "a variance", jnp.float32
     )
-    every = (kernel, *arrays.values())
+    every = (kernel, bias, *arrays.values())
     mean, var, factor, summand = (
         a if a is None else _dtypes.widen(a, *every) for a in arrays.values()
     )
+    if position == "after" and bias is not None:
+        mean = mean - _dtypes.widen(
+            bias, mean
+        )  # What is normalized is that much larger.
     return _arithmetic.affine(mean, var, factor, summand, checked_epsilon(epsilon))
 
 

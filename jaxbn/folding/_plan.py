@@ -1,0 +1,133 @@
+"""What of a program is done once, on parameters, and what is done for every input."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxbn.folding import _layout, _program, _rewrite
+from jaxbn.folding._program import PARAMS, Op, Program, Value
+
+# Which part of a parameter may depend on the input's length: not settled once.
+PARTS = ("slice", "dynamic_slice", "gather")
+
+
+@dataclasses.dataclass(eq=False)
+class Plan:
+    """A folded program. `names` are its parameters, `stay` what is not done once."""
+
+    program: Program
+    results: _rewrite.Results
+    paths: dict[Value, str]
+    ops: list[Op]
+    names: dict[str, Value]
+
+    def parameters(self, leaves: Sequence[Any]) -> dict[str, Any]:
+        """The folded parameters, from the leaves of the original ones."""
+        own = dict(zip(self.program.params, leaves, strict=True))
+        made = jax.jit(self.derive)(leaves)
+        return {name: own.get(v, made.get(name)) for name, v in self.names.items()}
+
+    def derive(self, leaves: Sequence[Any]) -> dict[str, Any]:
+        """Those of them that are not leaves themselves."""
+        values = {n: v for n, v in self.names.items() if v.op is not None}
+        known = dict(zip(self.program.params, leaves, strict=True))
+        _program.evaluate(_program.in_order([v.op for v in values.values()]), known)
+        return {name: known[value] for name, value in values.items()}
+
+    def run(self, parameters: dict[str, Any], leaves: Sequence[Any]) -> list[Any]:
+        """The outputs, from folded parameters and the leaves of the inputs."""
+        known = {value: parameters[name] for name, value in self.names.items()}
+        known.update(zip(self.program.inputs, leaves, strict=True))
+        _program.evaluate(self.ops, known)
+        return [known.get(v, v.constant) for v in self.program.outputs]
+
+    def signature(self, leaves: Sequence[Any]) -> tuple:
+        """Equal for two plans whose folded parameters are the same."""
+        closed = jax.make_jaxpr(self.derive)(leaves)
+        kinds = {n: (v.shape, str(v.dtype)) for n, v in self.names.items()}
+        kept = {n: self.paths[v] for n, v in self.names.items() if v.op is None}
+        text = re.sub(
+            "0x[0-9a-f]+", "", str(closed.jaxpr)
+        )  # No addresses of functions.
+        return kinds, kept, text, [np.asarray(c).tobytes() for c in closed.consts]
+
+
+def plan(closed: Any, paths: Sequence[str]) -> Plan:
+    """Folds a traced function whose first inputs are parameters at `paths`."""
+    program = _program.program_of(closed, len(paths))
+    results = _rewrite.fold_all(program)
+    late = _late(program)
+
+    def once(value: Value) -> bool:
+        if value.of != PARAMS or value in late:
+            return False
+        op = value.op
+        # What merely lays out one parameter does so in the program, and the
+        # parameter keeps its shape.
+        return op is None or not _layout.is_layout(op)
+
+    roots = [op for op in program.ops if _program.has_effects(op)]
+    roots += [v.op for v in program.outputs if v.op is not None and not once(v)]
+    ops = _program.in_order(roots, once)
+    used = [v for op in ops for v in op.inputs] + program.outputs
+    boundary = dict.fromkeys(v for v in used if once(v))
+    own = dict(zip(program.params, paths, strict=True))
+    return Plan(program, results, own, ops, _names(list(boundary), own))
+
+
+def _late(program: Program) -> set[Value]:
+    """Values of parameters that are made for every input.
+
+    Broadcasts, which may be as large as the input, parts, and what is made of them.
+    """
+    late: set[Value] = set()
+    for op in program.ops:
+        of_params = bool(op.outputs) and op.outputs[0].of == PARAMS
+        if not of_params or op.name == _rewrite.KERNEL_AND_BIAS:
+            continue
+        large = _layout.is_layout(op) and _layout.grows(op)
+        if large or op.name in PARTS or any(v in late for v in op.inputs):
+            late.update(op.outputs)
+    return late
+
+
+def root(value: Value) -> Value | None:
+    """The parameter that a value is made of, the first if there are several."""
+    while value.op is not None:
+        of_params = [v for v in value.op.inputs if v.of == PARAMS]
+        if not of_params:
+            return None
+        value = of_params[0]
+    return value if value.of == PARAMS else None
+
+
+def path_of(value: Value, paths: dict[Value, str]) -> str:
+    """Where a value of parameters comes from."""
+    op, own = value.op, root(value)
+    path = "constant" if own is None else paths[own]
+    if (
+        op is not None
+        and op.name == _rewrite.KERNEL_AND_BIAS
+        and value is op.outputs[1]
+    ):
+        return "/".join([*path.split("/")[:-1], "bias"])
+    return path
+
+
+def _names(values: list[Value], paths: dict[Value, str]) -> dict[str, Value]:
+    """A name of its own for each value, in the order of the parameters they are of."""
+    order = {value: index for index, value in enumerate(paths)}
+    names: dict[str, Value] = {}
+    # Parameters keep their paths, so they come first.
+    for value in sorted(values, key=lambda v: v.op is not None):
+        path = name = path_of(value, paths)
+        count = 0
+        while name in names:
+            count += 1
+            name = f"{path}_{count}"
+        names[name] = value
+    return dict(sorted(names.items(), key=lambda item: order.get(root(item[1]), -1)))

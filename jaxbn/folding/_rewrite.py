@@ -1,0 +1,150 @@
+"""Carries out what was matched: another kernel, one bias, no normalization."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jaxbn import _dtypes
+from jaxbn.folding import _arithmetic, _layout, _markers
+from jaxbn.folding._markers import Normalization
+from jaxbn.folding._match import ADDED, Match, No, Vector, match, require_known
+from jaxbn.folding._program import Op, Program, Value, again, derived, is_marker
+
+KERNEL_AND_BIAS = "kernel and bias"
+Results = dict[Op, Match | str]
+
+
+def fold_all(program: Program) -> Results:
+    """Folds what it can, in place. Gives each marker its match, or why it has none.
+
+    First those after a layer, so that one before the same layer can still fold.
+    """
+    results: Results = {}
+    markers = [
+        op
+        for op in program.ops
+        if isinstance(op.params.get("name"), str) and is_marker(op.params["name"])
+    ]
+    for op in markers:
+        results[op] = _fold(program, op, "after")
+    for op in markers:
+        first = results[op]
+        if isinstance(first, str) and _foldable(op) is None:
+            second = _fold(program, op, "before")
+            results[op] = f"{first}; {second}" if isinstance(second, str) else second
+    return results
+
+
+def _foldable(op: Op) -> str | None:
+    """Why a marker cannot be folded whatever is beside it, or None."""
+    norm = _markers.read(op)
+    if norm is None:
+        return "a derivative or another transformation changed it"
+    try:
+        require_known(norm)
+    except No as no:
+        return str(no)
+    return None
+
+
+def _fold(program: Program, op: Op, position: str) -> Match | str:
+    why = _foldable(op)
+    norm = _markers.read(op)
+    if why or norm is None:
+        return why or ""
+    try:
+        found = match(norm, program, position)
+    except No as no:
+        return str(no)
+    _rewrite(program, norm, found)
+    program.reorder()
+    return found
+
+
+def _rewrite(program: Program, norm: Normalization, found: Match) -> None:
+    layer = found.product.op
+    kernel, bias = _kernel_and_bias(norm, found).outputs
+    layer.inputs[found.product.kernel_index] = _cast(kernel, found.product.kernel.dtype)
+    value = layer.outputs[0]
+    for op in found.chain:
+        value = again(op, value).outputs[0]
+    new = _add(value, bias, found.out_axes, found.out.dtype)
+    program.replace(found.out, new)
+    if found.position == "before":
+        program.replace(norm.y, _cast(norm.x, norm.y.dtype))
+
+
+def _kernel_and_bias(norm: Normalization, found: Match) -> Op:
+    """The operation, on parameters alone, that gives both in a wide dtype."""
+    given = [v for v in norm.vectors if v is not None]
+    values = [found.product.kernel, *given, *(bias.value for bias in found.biases)]
+
+    def function(*arrays):
+        every = [jnp.asarray(a) for a in arrays]
+        kernel, *wide = (_dtypes.widen(a, *every) for a in every)
+        vectors = dict(zip(given, wide, strict=False))
+        mean, var, scale, summand, epsilon = (
+            None if v is None else vectors[v] for v in norm.vectors
+        )
+        bias = _sum(wide[len(given) :], found.biases)
+        if found.position == "after":
+            own = mean - bias  # The bias before a normalization moves its mean.
+            factor, offset = _arithmetic.affine(own, var, scale, summand, epsilon)
+            return _arithmetic.after(kernel, factor, found.axes), offset
+        factor, offset = _arithmetic.affine(mean, var, scale, summand, epsilon)
+        return _before(kernel, bias, factor, offset, found)
+
+    return derived(KERNEL_AND_BIAS, function, [_widened(v) for v in values])
+
+
+def _before(kernel, bias, factor, offset, found: Match):
+    product, axes = found.product, found.axes
+    if product.groups > 1:
+        out = next(a for a in range(kernel.ndim) if a not in product.summed)
+        inputs, outputs = kernel.shape[axes[0]], kernel.shape[out]
+        axes = (*axes, out)
+        factor, offset = (
+            _arithmetic.per_group(v, inputs, outputs) for v in (factor, offset)
+        )
+    kernel, moved = _arithmetic.before(kernel, factor, offset, axes, product.summed)
+    return kernel, moved + bias
+
+
+def _sum(arrays: Sequence[jax.Array], vectors: Sequence[Vector]):
+    """The sum of the biases, each laid out as the features are."""
+    total = 0
+    for array, vector in zip(arrays, vectors, strict=True):
+        rest = [a for a in range(array.ndim) if a not in vector.axes]
+        moved = array.transpose((*vector.axes, *rest)) if vector.axes else array
+        one = moved.reshape(moved.shape[: len(vector.axes)])
+        total = total - one if vector.negative else total + one
+    return total
+
+
+def _widened(value: Value) -> Value:
+    """The value before it was cast, laid out as it is."""
+    op = value.op
+    if op is None or not (_layout.is_cast(op) or _layout.is_layout(op)):
+        return value
+    inner = _widened(op.inputs[0])
+    if _layout.is_cast(op):
+        return inner
+    return value if inner is op.inputs[0] else again(op, inner).outputs[0]
+
+
+def _cast(value: Value, dtype) -> Value:
+    if value.dtype == dtype:
+        return value
+    function = lambda a: (a.astype(dtype),)  # noqa: E731
+    return derived("convert_element_type", function, [value]).outputs[0]
+
+
+def _add(value: Value, bias: Value, axes: tuple[int, ...], dtype) -> Value:
+    """`value` plus a bias along `axes`, in the wider dtype, and then cast."""
+
+    def function(value, bias):
+        bias = _arithmetic.lay(bias, axes, value.ndim)
+        return ((value.astype(jnp.result_type(value, bias)) + bias).astype(dtype),)
+
+    return derived(ADDED, function, [value, bias], axes=axes).outputs[0]
