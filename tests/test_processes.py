@@ -67,7 +67,7 @@ def pair(start, out, **options):
 def assert_same(a, b):
     with np.load(a) as a, np.load(b) as b:
         assert set(a) == set(b)
-        assert len(a) == 7
+        assert len(a) == 10
         for name in a:
             assert_close(a[name], b[name], 1e-9, 1e-9, name)
 

@@ -84,7 +84,18 @@ def train(args, steps=20):
             manager.wait_until_finished()
     if manager:
         manager.close()
-    return state
+    batches = (spread(x[rows] / 16) for rows in np.split(order[: 64 * 5], 5))
+    return {**state, "population": population(state, batches)}
+
+
+def population(state, batches):
+    """The statistics of the first layer over several batches, whatever holds them."""
+    import jaxbn
+
+    measure = jax.jit(lambda params, x: {"hidden": jaxbn.moments(x @ params["hidden"])})
+    return jaxbn.population.recalibrate(
+        lambda batch: measure(state["params"], batch), batches
+    )
 
 
 def network(mesh):
