@@ -67,8 +67,7 @@ def fold(
       Jacob et al., "Quantization and Training of Neural Networks for Efficient
       Integer-Arithmetic-Only Inference" (2018), section 3.2.
     """
-    leaves = jax.tree.leaves(params)
-    abstract = jax.eval_shape(lambda tree: tree, params)
+    abstract = shapes_of(inference_fn, params)
     plans: dict[Hashable, tuple[Callable[..., Any], Any]] = {}
 
     def planned(inputs: tuple) -> tuple[Plan, Any]:
@@ -89,17 +88,22 @@ def fold(
         needed = {name: folded_params[name] for name in first.names}
         return jax.tree.unflatten(tree, run(needed, jax.tree.leaves(inputs)))
 
-    return folded_fn, first.parameters(leaves)
+    return folded_fn, first.parameters(jax.tree.leaves(params))
 
 
-def trace(inference_fn: Callable, params: Any, inputs: tuple) -> tuple[Plan, Any]:
-    """The folded program of a function, and the structure of what it returns."""
+def shapes_of(inference_fn: Callable[..., Any], params: Any) -> Any:
+    """The shapes and dtypes of `params`, both arguments checked."""
     if not callable(inference_fn):
         raise TypeError(
             f"`inference_fn` must be a function of `params` and inputs, got "
             f"{type(inference_fn).__name__}. Pass, for example, "
             "`lambda variables, x: model.apply(variables, x)`."
         )
+    return jax.eval_shape(lambda tree: tree, params)
+
+
+def trace(inference_fn: Callable, params: Any, inputs: tuple) -> tuple[Plan, Any]:
+    """The folded program of a function, and the structure of what it returns."""
     traced, shape = jax.make_jaxpr(inference_fn, return_shape=True)(params, *inputs)
     return plan(traced, paths_of(params)), jax.tree.structure(shape)
 

@@ -247,9 +247,10 @@ def _norm(
         "stats.var", arrays["stats.var"], "a variance", jnp.float32
     )
     every = (kernel, bias, *arrays.values())
-    mean, var, factor, summand = (
-        a if a is None else _dtypes.widen(a, *every) for a in arrays.values()
-    )
+    wide: dict[str, Any] = {
+        name: a if a is None else _dtypes.widen(a, *every) for name, a in arrays.items()
+    }
+    mean, var, factor, summand = wide.values()
     if position == "after" and bias is not None:
         mean = mean - _dtypes.widen(
             bias, mean

@@ -36,7 +36,7 @@ class Normalization(NamedTuple):
 
     @property
     def vectors(self) -> list[Value | None]:
-        return [self.mean, self.var, self.scale, self.bias, self.epsilon]
+        return [self.mean, self.var, self.scale, self.bias]
 
 
 def read(op: Op) -> Normalization | None:

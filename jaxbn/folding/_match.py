@@ -148,7 +148,7 @@ def _own_bias(
     """The bias that is added to `out`, which takes the new one up, and the sum."""
     user = users[out][0][0]
     found = added(user, axes) if len(users[out]) == 1 and user is not None else None
-    if found is None or found[0] is not out:
+    if user is None or found is None or found[0] is not out:
         return out, []
     return user.outputs[0], [found[1]]
 

@@ -35,7 +35,8 @@ class Plan:
         """Those of them that are not leaves themselves."""
         values = {n: v for n, v in self.names.items() if v.op is not None}
         known = dict(zip(self.program.params, leaves, strict=True))
-        _program.evaluate(_program.in_order([v.op for v in values.values()]), known)
+        roots = [v.op for v in values.values() if v.op is not None]
+        _program.evaluate(_program.in_order(roots), known)
         return {name: known[value] for name, value in values.items()}
 
     def run(self, parameters: dict[str, Any], leaves: Sequence[Any]) -> list[Any]:
@@ -107,6 +108,8 @@ def root(value: Value) -> Value | None:
 
 def path_of(value: Value, paths: dict[Value, str]) -> str:
     """Where a value of parameters comes from."""
+    while value.op is not None and _layout.is_cast(value.op):
+        value = value.op.inputs[0]
     op, own = value.op, root(value)
     path = "constant" if own is None else paths[own]
     if (
@@ -120,7 +123,7 @@ def path_of(value: Value, paths: dict[Value, str]) -> str:
 
 def _names(values: list[Value], paths: dict[Value, str]) -> dict[str, Value]:
     """A name of its own for each value, in the order of the parameters they are of."""
-    order = {value: index for index, value in enumerate(paths)}
+    order: dict[Any, int] = {value: index for index, value in enumerate(paths)}
     names: dict[str, Value] = {}
     # Parameters keep their paths, so they come first.
     for value in sorted(values, key=lambda v: v.op is not None):

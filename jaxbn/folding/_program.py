@@ -197,13 +197,14 @@ def _inline(
     """Appends the operations of `jaxpr` and of what it calls; returns its outputs."""
     known = dict(zip(jaxpr.invars, arguments, strict=True))
     for variable, constant in zip(jaxpr.constvars, constants, strict=True):
-        aval = variable.aval
+        aval: Any = variable.aval
         known[variable] = Value(aval.shape, aval.dtype, CONSTANT, constant=constant)
 
     def read(atom: Any) -> Value:
         if not isinstance(atom, core.Literal):
             return known[atom]
-        return Value(atom.aval.shape, atom.aval.dtype, CONSTANT, constant=atom.val)
+        aval: Any = atom.aval
+        return Value(aval.shape, aval.dtype, CONSTANT, constant=atom.val)
 
     for eqn in jaxpr.eqns:
         inputs = [read(atom) for atom in eqn.invars]

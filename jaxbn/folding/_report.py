@@ -3,10 +3,8 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
-
 from jaxbn.folding import _markers, _plan, _program
-from jaxbn.folding._fold import trace
+from jaxbn.folding._fold import shapes_of, trace
 from jaxbn.folding._match import Match
 
 
@@ -105,7 +103,7 @@ def report(
       Jacob et al., "Quantization and Training of Neural Networks for Efficient
       Integer-Arithmetic-Only Inference" (2018), section 3.2.
     """
-    abstract = jax.eval_shape(lambda tree: tree, params)
+    abstract = shapes_of(inference_fn, params)
     plan, _ = trace(inference_fn, abstract, example_inputs)
     layers = [_layer(op, found, plan.paths) for op, found in plan.results.items()]
     for op in plan.program.ops:

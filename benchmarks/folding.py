@@ -1,0 +1,168 @@
+"""Bytes that a residual network moves at inference, folded over unfolded.
+
+    python benchmarks/folding.py [cpu] [v5e] [h200]
+
+XLA compiles for devices that are not there: for v5e with `pip install "jax[tpu]"`, for
+h200 with `pip install "jax[cuda13]"`. The figure is what the kernels of the compiled
+program read and write, each operand once; on the CPU, what XLA itself estimates.
+"""
+
+import argparse
+import math
+import os
+import re
+import sys
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+import jaxbn
+import jaxbn.folding
+
+H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132
+  fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+  block_dim_limit_z: 65535 memory_bandwidth: 4800000000000 l2_cache_size: 62914560
+  clock_rate_ghz: 1.98 device_memory_size: 150000000000
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 minor: 0 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 }
+runtime_version { major: 13 } device_description_str: "NVIDIA H200"
+"""
+SIZES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "pred": 1, "s8": 1, "u8": 1}
+FREE = ("parameter", "tuple", "get-tuple-element", "bitcast", "constant")
+DONE = ("copy-start", "copy-done", "slice-start", "slice-done")
+
+
+class Block(nn.Module):
+    """Two convolutions and a shortcut, all normalized."""
+
+    features: int
+    strides: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """The block's output."""
+        y = nn.relu(self.layer(x, 3, self.strides))
+        y = self.layer(y, 3, 1)
+        if x.shape != y.shape:
+            x = self.layer(x, 1, self.strides)
+        return nn.relu(x + y)
+
+    def layer(self, x: jax.Array, size: int, strides: int) -> jax.Array:
+        """A convolution and its batch norm."""
+        kind = {"use_bias": False, "dtype": self.dtype}
+        x = nn.Conv(self.features, (size, size), strides, **kind)(x)
+        return jaxbn.linen.BatchNorm(use_running_average=True, dtype=self.dtype)(x)
+
+
+class Network(nn.Module):
+    """A stem and two stages of residual blocks, as in a ResNet."""
+
+    dtype: jnp.dtype
+    blocks: int = 4
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Scores of ten classes."""
+        x = nn.Conv(64, (3, 3), use_bias=False, dtype=self.dtype)(x)
+        x = jaxbn.linen.BatchNorm(use_running_average=True, dtype=self.dtype)(x)
+        x = nn.relu(x)
+        for features, strides in [(64, 1), (64, 1), (128, 2), (128, 1)][: self.blocks]:
+            x = Block(features, strides, self.dtype)(x)
+        return nn.Dense(10, dtype=self.dtype)(jnp.mean(x, (1, 2)))
+
+
+def device(name: str):
+    """A device to compile for."""
+    if name == "cpu":
+        return jax.devices("cpu")[0]
+    if name == "h200":
+        found = topologies.get_topology_desc(
+            platform="cuda", topology_name=name, target_config=H200, topology="1x1x1"
+        )
+    else:
+        found = topologies.get_topology_desc("v5e:2x2", "tpu")
+    return found.devices[0]
+
+
+def cost(function, arguments, where) -> tuple[int, int]:
+    """Bytes moved by the compiled function, and the kernels of its entry."""
+    place = SingleDeviceSharding(where)
+    placed = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), arguments
+    )
+    compiled = jax.jit(function).lower(*placed).compile()
+    total, kernels = moved(compiled.as_text())
+    if where.platform == "cpu":  # Whose kernels are not all in the entry.
+        total = int(compiled.cost_analysis()["bytes accessed"])
+    return total, kernels
+
+
+def moved(text: str) -> tuple[int, int]:
+    """Bytes that the kernels of a program's entry read and write, and the kernels."""
+    entry = text[text.index("ENTRY") :].split("\n}")[0]
+    sizes: dict[str, int] = {}
+    total = kernels = 0
+    for line in entry.splitlines()[1:]:
+        found = re.match(
+            r"\s*(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)", line
+        )
+        if found is None:
+            continue
+        name, shape, op, rest = found.groups()
+        sizes[name] = _size(shape)
+        if op not in (*FREE, *DONE):
+            operands = re.findall(r"%([\w.-]+)", rest.split(")")[0])
+            total += sizes[name] + sum(sizes.get(o, 0) for o in operands)
+            kernels += 1
+    return total, kernels
+
+
+def _size(shape: str) -> int:
+    return sum(
+        SIZES.get(dtype, 0) * math.prod(int(n) for n in lengths.split(",") if n)
+        for dtype, lengths in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shape)
+    )
+
+
+def main() -> None:
+    """Prints a line for each device and dtype."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("devices", nargs="*", default=["cpu", "v5e"])
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--size", type=int, default=56)
+    parser.add_argument("--blocks", type=int, default=4)
+    parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
+    given = parser.parse_args()
+    for name in given.devices:
+        where = device(name)
+        for dtype in map(jnp.dtype, given.dtypes):
+            net = Network(dtype, given.blocks)
+            x = jax.ShapeDtypeStruct((given.batch, given.size, given.size, 3), dtype)
+            variables = jax.eval_shape(net.init, jax.random.key(0), x)
+            zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), variables)
+            folded_fn, folded = jaxbn.folding.fold(net.apply, zeros, x)
+            full = cost(net.apply, (variables, x), where)
+            less = cost(folded_fn, (folded, x), where)
+            print(
+                f"{name:5} {dtype.name:9} {full[0] / 2**20:8.1f} MiB in "
+                f"{full[1]:3} kernels, folded {less[0] / 2**20:8.1f} MiB in "
+                f"{less[1]:3}: {less[0] / full[0]:.3f}"
+            )
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
