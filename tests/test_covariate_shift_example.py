@@ -87,7 +87,7 @@ def test_the_study_writes_its_table_and_its_picture(net, tmp_path, capsys):
     import covariate_shift
 
     argv = ["--out", tmp_path, "--steps", 60, "--seed", 1, "--pseudo-samples", 2]
-    results = covariate_shift.main(list(map(str, argv)), strengths=(3,), net=net)
+    results = covariate_shift.main(list(map(str, argv)), strengths=(4,), net=net)
 
     text = (tmp_path / "summary.md").read_text()
     assert text in capsys.readouterr().out
@@ -95,17 +95,17 @@ def test_the_study_writes_its_table_and_its_picture(net, tmp_path, capsys):
     rows = [line for line in lines if line.startswith("|")]
     assert len({len(row) for row in rows}) == 1  # The columns line up.
     labels = [row.split("|")[1].strip() for row in rows]
-    assert labels == ["", labels[1], *NAMES, "mean of the six", "clean"]
+    assert labels[2:] == [*NAMES, "mean of the six", "clean"]
     assert "one image, N = 2" in rows[0]
 
     assert results["clean"][0]["source"] > 0.9
-    contrast = results["contrast"][3]
+    contrast = results["contrast"][4]
     for method in ("AdaBN", "batch of 64"):
         assert contrast[method] > contrast["source"] + 0.1
     assert contrast["one image, N = 2"] > contrast["source"]
 
     saved = json.loads((tmp_path / "results.json").read_text())
-    assert saved["contrast"]["3"] == contrast
+    assert saved["contrast"]["4"] == contrast
     assert (tmp_path / "drift.md").read_text().count("| BatchNorm_") == 2 * len(NAMES)
     assert (tmp_path / "covariate_shift.png").stat().st_size > 10_000
 
