@@ -449,3 +449,30 @@ def test_moves_no_more_on_a_tpu():
     ratios = [float(line.rsplit(maxsplit=1)[1]) for line in out.splitlines()]
     assert len(ratios) == 1
     assert ratios[0] <= 1
+
+
+def test_under_shard_map():
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    f = lambda p, x: normalized(conv(x, p["kernel"]), p["norm"])
+    folded_fn, folded = fold(f, AFTER, example()[:1])
+    spec = jax.sharding.PartitionSpec
+    split = jax.shard_map(
+        lambda p, x: folded_fn(p, x),
+        mesh=mesh,
+        in_specs=(spec(), spec("d")),
+        out_specs=spec("d"),
+    )
+    wanted = f(AFTER, example())
+    np.testing.assert_allclose(jax.jit(split)(folded, example()), wanted, 1e-4, 1e-4)
+
+
+def test_what_prints_still_prints(capfd):
+    def f(p, x):
+        jax.debug.print("mean {}", p["norm"]["mean"].sum())
+        return normalized(conv(x, p["kernel"]), p["norm"])
+
+    folded_fn, folded = fold(f, AFTER, example())
+    folded_fn(folded, example())
+    jax.effects_barrier()
+    assert capfd.readouterr().out.count("mean") == 1
+    assert report(f, AFTER, example()).folded

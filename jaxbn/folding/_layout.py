@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxbn.folding._program import Op
 
 # One input, one output, the same values.
-IDENTITIES = ("name", "copy", "copy_p", "pvary", "pcast")
+VARYING = ("pvary", "pcast")  # Marks a parameter as varying, inside `shard_map`.
+IDENTITIES = ("name", "copy", "copy_p", "sharding_constraint", *VARYING)
 Axes = tuple[int, ...]
 
 

@@ -12,7 +12,7 @@ from jaxbn import _dtypes
 from jaxbn.folding import _arithmetic, _layout, _markers
 from jaxbn.folding._markers import Normalization
 from jaxbn.folding._match import ADDED, Match, No, Vector, match, require_known
-from jaxbn.folding._program import Op, Program, Value, again, derived, is_marker
+from jaxbn.folding._program import Op, Program, Value, again, derived, is_marker, make
 
 KERNEL_AND_BIAS = "kernel and bias"
 Results = dict[Op, Match | str]
@@ -67,12 +67,14 @@ def _fold(program: Program, op: Op, position: str) -> Match | str:
 
 def _rewrite(program: Program, norm: Normalization, found: Match) -> None:
     layer = found.product.op
+    old = found.product.kernel
     kernel, bias = _kernel_and_bias(norm, found).outputs
-    layer.inputs[found.product.kernel_index] = _cast(kernel, found.product.kernel.dtype)
+    layer.inputs[found.product.kernel_index] = _varying(_cast(kernel, old.dtype), old)
     value = layer.outputs[0]
     for op in found.chain:
         value = again(op, value).outputs[0]
-    new = _add(value, bias, found.out_axes, found.out.dtype)
+    bias = _cast(bias, value.dtype) if value.dtype == found.out.dtype else bias
+    new = _add(value, _varying(bias, old), found.out_axes, found.out.dtype)
     program.replace(found.out, new)
     if found.position == "before":
         program.replace(norm.y, _cast(norm.x, norm.y.dtype))
@@ -131,9 +133,19 @@ def _widened(value: Value) -> Value:
     if op is None or not (_layout.is_cast(op) or _layout.is_layout(op)):
         return value
     inner = _widened(op.inputs[0])
-    if _layout.is_cast(op):
+    if _layout.is_cast(op) or op.name in _layout.VARYING:
         return inner
     return value if inner is op.inputs[0] else again(op, inner).outputs[0]
+
+
+def _varying(value: Value, like: Value) -> Value:
+    """`value`, varying over the mesh axes that the parameter `like` was made to."""
+    op = like.op
+    while op is not None and _layout.is_layout(op) | _layout.is_cast(op):
+        if op.name in _layout.VARYING:
+            return make(op.name, [value], [value], op.run, op.params).outputs[0]
+        op = op.inputs[0].op
+    return value
 
 
 def _cast(value: Value, dtype) -> Value:
@@ -145,8 +157,6 @@ def _cast(value: Value, dtype) -> Value:
 
 def _add(value: Value, bias: Value, axes: tuple[int, ...], dtype) -> Value:
     """`value` plus a bias along `axes`, in `dtype`."""
-    if value.dtype == dtype:
-        bias = _cast(bias, dtype)
 
     def function(value, bias):
         bias = _arithmetic.lay(bias, axes, value.ndim)
