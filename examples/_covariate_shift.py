@@ -141,7 +141,9 @@ def mixed_accuracy(
 
     A layer's moments are to be of inputs that come from layers with mixed statistics
     too. So they are measured at inference, once for each layer: every time, one more
-    layer has the statistics it is to have.
+    layer has the statistics it is to have. Measured once and in training, with inputs
+    that the image alone normalizes, they fit no more: with N = 1 that comes to 58 % on
+    average over the corruptions, less than without adapting, instead of 68 %.
     """
     stats = running_stats(variables)
 

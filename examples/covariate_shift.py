@@ -25,8 +25,11 @@ is strong, is the mix behind: there the statistics of training are far off. How 
 there is to win depends on the batch: the statistics of 8 images alone are within 3
 points of those of 64, and N of 8 or 16 loses more on contrast than it wins elsewhere.
 
-The picture also shows, for two corruptions, how far each channel of each layer has
-drifted from its running statistics (`jaxbn.population.drift`).
+The picture also shows how far each channel of each layer has drifted from its running
+statistics (`jaxbn.population.drift`): with less contrast from the first layer on, after
+rotation hardly in the first layer, and more than ten times as far in the last.
+
+Batches of 64 hold all ten digits. Clean images sorted by digit go from 99 to 82 %.
 
 Run it with
 
