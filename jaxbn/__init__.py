@@ -8,6 +8,7 @@ pairs of pure functions; `jaxbn.linen` and `jaxbn.nnx` as Flax modules.
 import importlib
 from typing import TYPE_CHECKING
 
+from jaxbn import folding as folding
 from jaxbn import interop as interop
 from jaxbn import layers as layers
 from jaxbn import population as population

@@ -171,6 +171,7 @@ def test_linen_fields_and_arguments():
         ("unbiased", False),
         ("derivatives", "vjp"),
         ("example_weight", 0.0),
+        ("pseudo_samples", None),
         ("accumulate", False),
     ]
     # parent and name stand last in every linen module.
@@ -184,9 +185,10 @@ def test_nnx_arguments():
         return [(p.name, p.kind, p.default) for p in parameters]
 
     ours = arguments(jaxbn.nnx.BatchNorm.__init__)
-    own = ["unbiased", "derivatives", "example_weight", "accumulate"]
-    assert [n for n, *_ in ours[-4:]] == own
-    assert ours[:-4] == arguments(nnx.BatchNorm.__init__)
+    own = ["unbiased", "derivatives", "example_weight"]
+    own += ["pseudo_samples", "accumulate"]
+    assert [n for n, *_ in ours[-5:]] == own
+    assert ours[:-5] == arguments(nnx.BatchNorm.__init__)
     calls = [arguments(c.__call__) for c in (jaxbn.nnx.BatchNorm, nnx.BatchNorm)]
     assert calls[0] == calls[1]
 

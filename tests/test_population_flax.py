@@ -378,6 +378,44 @@ def test_drift_of_a_model_as_it_is_used(variables):
     assert_close(found["input"].mean_shift, mean / np.sqrt(1 + 1e-5), rtol=1e-6)
 
 
+def test_mixing_layer_by_layer_is_where_adapt_comes_to_rest():
+    """Measured under adapted statistics, one layer more is right in every round."""
+    x, old = X[..., :1] - 2, X[..., :1]
+
+    class Two(nn.Module):
+        pseudo_samples: float | None = None
+
+        @nn.compact
+        def __call__(self, x, training):
+            for features in (4, 3):
+                x = nn.Conv(features, (3, 3))(x)
+                norm = partial(jaxbn.linen.BatchNorm, momentum=0.0)
+                x = nn.relu(norm(not training, pseudo_samples=self.pseudo_samples)(x))
+            return x
+
+    variables = Two().init(jax.random.key(0), old, training=False)
+    _, new = Two().apply(variables, old, training=True, mutable=["batch_stats"])
+    variables = source = {**variables, **new}
+    mix = {"pseudo_samples": 4.0, "samples": len(x)}
+    for _ in range(2):
+        measure = jaxbn.linen.moments_fn(Two(), variables, training=False)
+        stats = adapt(jaxbn.linen.running_stats(source), measure(x), **mix)
+        variables = jaxbn.linen.load_stats(source, stats)
+    y = Two().apply(variables, x, training=False)
+    at_once = Two(pseudo_samples=4.0).apply(source, x, training=False)
+    assert_close(at_once, y, rtol=1e-4, atol=1e-5)
+    # And the moments that are measured on the way are the right ones for `adapt`.
+    measure = jaxbn.linen.moments_fn(Two(4.0), source, training=False)
+    again = adapt(jaxbn.linen.running_stats(source), measure(x), **mix)
+    for path, expected in stats.items():
+        assert_close(again[path].mean, expected.mean, rtol=1e-4, atol=1e-5)
+
+    nnx_layer = jaxbn.nnx.BatchNorm(2, pseudo_samples=4.0, rngs=nnx.Rngs(0))
+    linen_layer = jaxbn.linen.BatchNorm(True, pseudo_samples=4.0)
+    y, _ = linen_layer.init_with_output(jax.random.key(0), X)
+    assert_close(nnx_layer(X, True), y, rtol=1e-6)
+
+
 # Errors
 
 

@@ -9,6 +9,8 @@ import optax
 import oracle
 import pytest
 from data import assert_close, numbers, wide
+from jax.sharding import PartitionSpec as P
+from spread import mesh_of
 
 import jaxbn
 from jaxbn import layers
@@ -215,6 +217,45 @@ def test_example_weight_0_changes_nothing():
         for layer in (layers.standard(), layers.standard(example_weight=0.0))
     ]
     assert lowered[0] == lowered[1]
+
+
+@pytest.mark.parametrize("prior", [0.0, 16.0, np.inf])
+@pytest.mark.parametrize("masked", [False, True])
+def test_pseudo_samples_count_examples(prior, masked):
+    """Not positions: of the four examples here, one is masked."""
+    layer = layers.standard(pseudo_samples=prior)
+    params, state = layer.init(3)
+    state = state._replace(mean=state.mean + 0.5, var=state.var * 2)
+    x = numbers((4, 5, 3), "float32", mean=3.0)
+    w = (np.arange(4) != (1 if masked else 4)).reshape(-1, 1, 1)
+    y, kept = layer.apply(params, state, x, training=False, weights=w)
+    assert kept is state
+    batch, n = oracle.moments(x, (0, 1), w), 4 - masked
+    share = 1.0 if np.isinf(prior) else prior / (prior + n)
+    mean = share * 0.5 + (1 - share) * batch.mean
+    var = share * 2 + (1 - share) * batch.var
+    assert_close(y, oracle.normalize(x, mean, var), 1e-5, 1e-5)
+
+
+def test_pseudo_samples_of_a_batch_on_several_devices():
+    layer = layers.standard(pseudo_samples=8.0, axis_name="data")
+    alone = layers.standard(pseudo_samples=8.0)
+    params, state = layer.init(3)
+    x = numbers((16, 5, 3), "float32", mean=3.0)
+    infer = lambda layer: lambda x: layer.apply(params, state, x, training=False)[0]
+    spread = jax.shard_map(
+        infer(layer), mesh=mesh_of(8), in_specs=P("data"), out_specs=P("data")
+    )
+    assert_close(jax.jit(spread)(x), infer(alone)(x), 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"pseudo_samples": -1.0}, {"pseudo_samples": 1.0, "example_weight": 0.1}],
+)
+def test_mixtures_that_exclude_each_other(options):
+    with pytest.raises(ValueError, match="`pseudo_samples` must be None or at least 0"):
+        layers.standard(**options)
 
 
 # Dtypes of the state

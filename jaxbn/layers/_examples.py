@@ -1,5 +1,7 @@
 """What differs from example to example: moments, and integer ids."""
 
+from math import prod
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -26,6 +28,14 @@ def example_moments(
     if m.count.ndim == 0:
         return Moments(mean, var, jnp.broadcast_to(m.count, mean.shape[:1]))
     return Moments(mean, var, jnp.moveaxis(m.count, place, 0))
+
+
+def positions(x: ArrayLike, feature_axes: _axes.Axes) -> int:
+    """How many positions an example of `x` has for each feature."""
+    x = jnp.asarray(x)
+    axes = _axes.canonical(feature_axes, x.ndim)
+    batch = _axes.batch_axis(axes, x)
+    return prod(_axes.lengths(x, _axes.others((batch, *axes), x.ndim)))
 
 
 def example_ids(

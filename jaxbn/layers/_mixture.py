@@ -37,3 +37,10 @@ def mixture(stats: RunningStats, m: Moments, weight: ArrayLike) -> Moments:
     counts = jnp.stack([1 - own, own])
     both = Moments(stacked(stats.mean, m.mean), stacked(stats.var, m.var), counts)
     return merge_moments(both)._replace(count=m.count)
+
+
+def prior_share(pseudo_samples: ArrayLike, samples: ArrayLike) -> jax.Array:
+    """N/(N + n): what running statistics weigh that count as N samples, beside n."""
+    prior, new = jnp.asarray(pseudo_samples, float), jnp.asarray(samples, float)
+    share = prior / jnp.where(prior + new > 0, prior + new, 1)
+    return jnp.where(jnp.isinf(prior), 1.0, share)

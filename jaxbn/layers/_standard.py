@@ -8,9 +8,9 @@ from jaxbn._batch_norm import batch_norm, normalize_given
 from jaxbn._moments import Moments, moments
 from jaxbn._normalize import normalize
 from jaxbn._running_stats import Momentum, RunningStats, init_stats, update
-from jaxbn.layers._examples import example_moments
+from jaxbn.layers._examples import example_moments, positions
 from jaxbn.layers._layer import Layer, compose, init_affine
-from jaxbn.layers._mixture import mixture
+from jaxbn.layers._mixture import mixture, prior_share
 
 
 def standard(
@@ -23,6 +23,7 @@ def standard(
     use_fast_variance: bool = True,
     unbiased: bool = False,
     example_weight: float = 0.0,
+    pseudo_samples: float | None = None,
     axis_name: _mesh.AxisName | None = None,
     axis_index_groups: _mesh.Groups | None = None,
     dtype: DTypeLike | None = None,
@@ -41,6 +42,11 @@ def standard(
         mean = (1 − α)·state.mean + α·x̄
         var  = (1 − α)·state.var + α·s² + α·(1 − α)·(x̄ − state.mean)²
 
+    With N `pseudo_samples`, inference mixes in the moments μ_B and var_B of its batch
+    of n examples, for data of another domain than that of training:
+
+        mean = N/(N + n)·state.mean + n/(N + n)·μ_B        var alike
+
     Args:
       feature_axes: The axes of `x` that have statistics and parameters of their own.
       momentum: The weight of the old running statistics: a number, an array, or a
@@ -54,6 +60,9 @@ def standard(
       example_weight: α, from 0 to 1. In a batch of m examples each has 1/m of the
         statistics that it is normalized by; inference comes near to that with an α of
         about 1/m, which helps networks that were trained on small batches.
+      pseudo_samples: N, how many examples the running statistics count as at inference.
+        None leaves the batch out of them; 0 is prediction-time batch norm. The state
+        stays; `jaxbn.population.adapt` makes such statistics for a whole data set.
       axis_name: Name or names of mapped axes to compute statistics over.
       axis_index_groups: Groups of indices of that axis, each with its own statistics.
       dtype: The output's dtype, by default that of `x`.
@@ -66,7 +75,8 @@ def standard(
       and matter in training, and to each example's own moments.
 
     Raises:
-      ValueError: `example_weight` is not from 0 to 1.
+      ValueError: `example_weight` is not from 0 to 1, `pseudo_samples` are negative,
+        or both are given.
       TypeError: In `apply`: `training` is not a Python bool, or as `batch_norm`.
       ValueError: In `apply`: `params` has other names than the options say, or as
         `batch_norm` and `update`.
@@ -84,13 +94,12 @@ def standard(
     References:
       Ioffe and Szegedy, "Batch Normalization" (2015). Singh and Shrivastava, "EvalNorm"
       (2019), and Summers and Dinneen, "Four Things Everyone Should Know to Improve
-      Batch Normalization" (2020), for `example_weight`: two names of one formula.
+      Batch Normalization" (2020), for `example_weight`: two names of one formula. Nado
+      et al., "Evaluating Prediction-Time Batch Normalization" (2020), and Schneider et
+      al., "Improving robustness against common corruptions by covariate shift
+      adaptation" (2020), for `pseudo_samples`.
     """
-    if not 0 <= example_weight <= 1:
-        raise ValueError(
-            "`example_weight` is the weight of an example's own moments at inference, "
-            f"from 0 to 1, got {example_weight}."
-        )
+    _require_one_mixture(example_weight, pseudo_samples)
     names = ["scale"] * use_scale + ["bias"] * use_bias
 
     def init(features):
@@ -114,12 +123,23 @@ def standard(
 
     def infer(params, state: RunningStats, x, weights):
         affine = params.get("scale"), params.get("bias")
-        if not example_weight:
+        if pseudo_samples is not None:
+            m = adapted(state, x, weights)
+        elif example_weight:
+            x = _dtypes.inexact_array("x", x)
+            axes = _axes.canonical(feature_axes, x.ndim)
+            own = example_moments(x, axes, weights=weights)
+            m = mixture(state, own, example_weight)
+        else:
             return normalize(x, state.mean, state.var, *affine, **same)
-        x = _dtypes.inexact_array("x", x)
-        axes = _axes.canonical(feature_axes, x.ndim)
-        m = mixture(state, example_moments(x, axes, weights=weights), example_weight)
         return normalize_given(x, m, *affine, weights=weights, **same)
+
+    def adapted(state: RunningStats, x, weights) -> Moments:
+        m = measure(state, x, weights)
+        n = m.count / positions(x, feature_axes)
+        kept = prior_share(pseudo_samples, n)
+        mean, var, _ = update(state, m, momentum=kept)
+        return Moments(mean, var, m.count)
 
     def measure(state, x, weights):
         return moments(x, feature_axes=feature_axes, weights=weights, **over)
@@ -128,3 +148,16 @@ def standard(
         return update(state, m, momentum=momentum, unbiased=unbiased)
 
     return compose(init, names, train=train, infer=infer, measure=measure, update=move)
+
+
+def _require_one_mixture(example_weight: float, pseudo_samples: float | None) -> None:
+    if not 0 <= example_weight <= 1:
+        raise ValueError(
+            "`example_weight` is the weight of an example's own moments at inference, "
+            f"from 0 to 1, got {example_weight}."
+        )
+    if pseudo_samples is not None and (example_weight or not pseudo_samples >= 0):
+        raise ValueError(
+            "`pseudo_samples` must be None or at least 0, and None with an "
+            f"`example_weight`, got {pseudo_samples} and {example_weight}."
+        )

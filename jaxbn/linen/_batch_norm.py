@@ -44,6 +44,9 @@ class BatchNorm(Adapter, nn.BatchNorm):
       derivatives: "vjp" or "jvp", as for `jaxbn.batch_norm`.
       example_weight: Weight of an example's own moments at inference, as for
         `jaxbn.layers.standard`.
+      pseudo_samples: How many examples the running statistics count as at inference,
+        beside those of the batch; None leaves the batch out. As for
+        `jaxbn.layers.standard`.
       accumulate: Make one step of the statistics for several micro-batches, equal to
         that of all of them in one batch: until `jaxbn.linen.commit` closes the window.
         Its pooled moments and the statistics at its start are the collection
@@ -74,6 +77,7 @@ class BatchNorm(Adapter, nn.BatchNorm):
     unbiased: bool = False
     derivatives: str = "vjp"
     example_weight: float = 0.0
+    pseudo_samples: float | None = None
     accumulate: bool = False
 
     def __post_init__(self):

@@ -53,6 +53,9 @@ class BatchNorm(nnx.BatchNorm):
       derivatives: "vjp" or "jvp", as for `jaxbn.batch_norm`.
       example_weight: Weight of an example's own moments at inference, as for
         `jaxbn.layers.standard`.
+      pseudo_samples: How many examples the running statistics count as at inference,
+        beside those of the batch; None leaves the batch out. As for
+        `jaxbn.layers.standard`.
       accumulate: Make one step of the statistics for several micro-batches, equal to
         that of all of them in one batch: until `jaxbn.nnx.commit` closes the window.
         Its pooled moments and the statistics at its start are the variables
@@ -101,6 +104,7 @@ class BatchNorm(nnx.BatchNorm):
         unbiased: bool = False,
         derivatives: str = "vjp",
         example_weight: float = 0.0,
+        pseudo_samples: float | None = None,
         accumulate: bool = False,
     ):
         features = _axes.shape(num_features, "num_features")
@@ -135,6 +139,7 @@ class BatchNorm(nnx.BatchNorm):
         self.unbiased = unbiased
         self.derivatives = derivatives
         self.example_weight = example_weight
+        self.pseudo_samples = pseudo_samples
         self.accumulate = accumulate
         complex_ = jnp.issubdtype(param_dtype, jnp.complexfloating)
         stats = init_stats(features, dtype=param_dtype if complex_ else jnp.float32)

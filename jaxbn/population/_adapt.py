@@ -2,13 +2,13 @@
 
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxbn._moments import Moments
 from jaxbn._running_stats import RunningStats, update
+from jaxbn.layers._mixture import prior_share
 from jaxbn.population._trees import map_layers, require_same_layers, whole_count
 
 
@@ -29,10 +29,11 @@ def adapt(
     - Prediction-time batch norm: N = 0, `moments` of the batch that is to be predicted.
     - The mix: N of 8 to 64, `moments` of a batch as small as one sample.
 
-    Only statistics change: no labels and no gradients are needed. Where a layer's
-    `moments` are measured decides what it is normalized by before: with
-    `moments_fn(..., training)` its input comes from layers normalized by the new domain
-    alone, which is exact for N = 0.
+    Only statistics change: no labels and no gradients are needed. A layer's moments
+    depend on how the layers before it are normalized: measured in training, by the new
+    domain alone, which is right for N = 0. For other N, build the model with
+    `pseudo_samples=N` (as `jaxbn.layers.standard`), which mixes layer by layer: its
+    inference needs no `adapt`, and the moments measured in it are the right ones here.
 
     Args:
       stats: A tree of `RunningStats`, the old ones: from `jaxbn.linen.running_stats` or
@@ -87,6 +88,4 @@ def _kept(pseudo_samples: ArrayLike, samples: ArrayLike | None) -> ArrayLike:
                 "moments are of, such as the size of the batch."
             )
         return 0.0
-    prior, new = jnp.asarray(pseudo_samples, float), jnp.asarray(samples, float)
-    share = prior / jnp.where(prior + new > 0, prior + new, 1)
-    return jnp.where(jnp.isinf(prior), 1.0, share)
+    return prior_share(pseudo_samples, samples)
