@@ -39,6 +39,7 @@ class Network(nn.Module):
 
     width: int = 32
     strides: tuple[int, ...] = (1, 1, 2, 1, 2, 1)
+    pseudo_samples: float | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, training: bool) -> jax.Array:
@@ -46,8 +47,12 @@ class Network(nn.Module):
         x = x[..., None]
         for stride in self.strides:
             x = nn.Conv(self.width, (3, 3), stride, use_bias=False)(x)
-            norm = jaxbn.linen.BatchNorm(momentum=jaxbn.debiased(0.95))
-            x = nn.relu(norm(x, use_running_average=not training))
+            norm = jaxbn.linen.BatchNorm(
+                not training,
+                momentum=jaxbn.debiased(0.95),
+                pseudo_samples=self.pseudo_samples,
+            )
+            x = nn.relu(norm(x))
         return nn.Dense(10)(x.reshape(len(x), -1))
 
 
@@ -132,29 +137,20 @@ def batch_accuracy(net: Network, variables: Variables, batches, labels) -> jax.A
     return jax.vmap(of_batch)(batches, labels).mean()
 
 
-@partial(jax.jit, static_argnums=0)
 def mixed_accuracy(
-    net: Network, variables: Variables, batches, labels, pseudo_samples
+    net: Network, variables: Variables, batches, labels, pseudo_samples: float
 ) -> jax.Array:
     """Accuracy if each batch is predicted with statistics of its own, mixed with those
     of training, which count as `pseudo_samples`.
 
-    A layer's moments are to be of inputs that come from layers with mixed statistics
-    too. So they are measured at inference, once for each layer: every time, one more
-    layer has the statistics it is to have. Measured once and in training, with inputs
-    that the image alone normalizes, they fit no more: with N = 1 that comes to 58 % on
-    average over the corruptions, less than without adapting, instead of 68 %.
+    A layer is to see inputs that come from layers with mixed statistics too, which
+    takes the layers' own option. Measured once, in training, with inputs that the
+    image alone normalizes, and mixed by `adapt`, they fit no more: with N = 1 that
+    comes to 58 % on average over the corruptions, less than without adapting, instead
+    of 68 %.
     """
-    stats = running_stats(variables)
-
-    def of_batch(x, y):
-        adapted = variables
-        for _ in net.strides:
-            moments = moments_fn(net, adapted, training=False)(x)
-            mixed = adapt(stats, moments, pseudo_samples=pseudo_samples, samples=len(x))
-            adapted = load_stats(variables, mixed)
-        return accuracy(net, adapted, x, y)
-
+    mixed = net.clone(pseudo_samples=pseudo_samples)
+    of_batch = partial(accuracy, mixed, variables)
     return jax.vmap(of_batch)(batches, labels).mean()
 
 

@@ -3,7 +3,8 @@
 Trains six convolutions with batch norm on scikit-learn's handwritten digits, then
 corrupts the test images: noise, blur, contrast, rotation, inversion and occlusion, at
 five strengths each. Parameters stay as they are, and no labels are used: only the
-statistics of the batch norms are changed, by `jaxbn.population.adapt`, in these ways:
+statistics of the batch norms are others, by `jaxbn.population.adapt` and, for the mix,
+by the layers' option `pseudo_samples`:
 
     source            not at all: the running statistics of training
     AdaBN             those of all corrupted test images together

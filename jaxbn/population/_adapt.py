@@ -27,7 +27,7 @@ def adapt(
 
     - AdaBN: N = 0, `moments` collected over the unlabelled data of the new domain.
     - Prediction-time batch norm: N = 0, `moments` of the batch that is to be predicted.
-    - The mix: N of 8 to 64, `moments` of a batch as small as one sample.
+    - The mix: N above 0, `moments` of a batch that is small, or of one image.
 
     Only statistics change: no labels and no gradients are needed. A layer's moments
     depend on how the layers before it are normalized: measured in training, by the new
