@@ -19,26 +19,11 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
+from _devices import device
 from jax.sharding import SingleDeviceSharding
 
 import jaxbn
-import jaxbn.folding
 
-H200 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132
-  fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
-  block_dim_limit_z: 65535 memory_bandwidth: 4800000000000 l2_cache_size: 62914560
-  clock_rate_ghz: 1.98 device_memory_size: 150000000000
-  shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 minor: 0 }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 }
-runtime_version { major: 13 } device_description_str: "NVIDIA H200"
-"""
 SIZES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "pred": 1, "s8": 1, "u8": 1}
 FREE = ("parameter", "tuple", "get-tuple-element", "bitcast", "constant")
 DONE = ("copy-start", "copy-done", "slice-start", "slice-done")
@@ -82,19 +67,6 @@ class Network(nn.Module):
         for features, strides in [(64, 1), (64, 1), (128, 2), (128, 1)][: self.blocks]:
             x = Block(features, strides, self.dtype)(x)
         return nn.Dense(10, dtype=self.dtype)(jnp.mean(x, (1, 2)))
-
-
-def device(name: str):
-    """A device to compile for."""
-    if name == "cpu":
-        return jax.devices("cpu")[0]
-    if name == "h200":
-        found = topologies.get_topology_desc(
-            platform="cuda", topology_name=name, target_config=H200, topology="1x1x1"
-        )
-    else:
-        found = topologies.get_topology_desc("v5e:2x2", "tpu")
-    return found.devices[0]
 
 
 def cost(function, arguments, where) -> tuple[int, int]:

@@ -23,9 +23,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from _devices import TARGETS, device
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 import jaxbn
@@ -35,25 +35,8 @@ DTYPES = ("float32", "bfloat16")
 STANDARD, IN_PLACE = jaxbn.layers.standard(), jaxbn.layers.in_place()
 BLOCKS = 16
 SHAPE = (256, 56, 56, 64)
-# What each target's compiler is found by, and what installs it.
-GPU, TPU = ("jax_cuda13_plugin", "jax[cuda13]"), ("libtpu", "jax[tpu]")
-TARGETS = {"cpu": ("jax", "jax"), "h200": GPU, "v5e": TPU}
 # By default the CPU's compiler orders operations for speed, and keeps more alive.
 SCHEDULER = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-# A GPU that is not there has to be described.
-H200 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132
-  fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
-  block_dim_limit_z: 65535 memory_bandwidth: 4800000000000 l2_cache_size: 62914560
-  clock_rate_ghz: 1.98 device_memory_size: 150000000000
-  shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 minor: 0 }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 }
-runtime_version { major: 13 } device_description_str: "NVIDIA H200"
-"""
 
 
 def norm(kind: str, params, state, x):
@@ -127,16 +110,6 @@ def scratch_bytes(kind: str, shape, dtype, target: str, blocks: int = BLOCKS) ->
     options: Any = SCHEDULER if target == "cpu" else None
     memory: Any = lowered.compile(options).memory_analysis()
     return memory.temp_size_in_bytes
-
-
-def device(target: str):
-    """To compile for; it need not be there."""
-    if target == "cpu":
-        return jax.devices("cpu")[0]
-    if target == "v5e":
-        return topologies.get_topology_desc("v5e:2x2", "tpu").devices[0]
-    given = {"target_config": H200, "topology": "1x1x1"}
-    return topologies.get_topology_desc("h200", "cuda", **given).devices[0]
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ HEADER = (
     "channels",
     "KL median",
     "KL max",
-    "|shift| max",
+    "shift max",
     "ratio min",
     "ratio max",
     "dead",
