@@ -56,6 +56,7 @@ types: $(INSTALLED)  ## Check types.
 figures: $(INSTALLED)  ## Draw the pictures that the pages show.
 	$(BIN)/python examples/train_digits.py --out $(OUT) --figure docs/figures/digits.png
 	$(BIN)/python examples/small_batches.py --figure docs/figures/small_batches.png
+	$(BIN)/python examples/covariate_shift.py --figure docs/figures/covariate_shift.png
 
 check: lint types test doctest demo-small  ## Everything that must pass.
 
