@@ -73,6 +73,7 @@ from _covariate_shift import (
     train_step,
 )
 from _covariate_shift_figure import draw
+from _options import make_folders, picture, positive, seed
 from tqdm import tqdm
 
 from jaxbn.population import summary as drift_table
@@ -82,32 +83,11 @@ DRIFT_AT = 3  # The strength at which drift is measured.
 Results = dict[str, dict[int, Accuracies]]  # By corruption and strength.
 
 
-def whole(text: str) -> int:
-    """An argparse type: a whole number that fits in an int32."""
-    value = int(text)
-    if not 0 <= value < 2**31:
-        raise argparse.ArgumentTypeError(f"{text} is not in 0 ... 2**31 - 1")
-    return value
-
-
-def steps(text: str) -> int:
-    value = whole(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
-
-
 def samples(text: str) -> float:
     value = float(text)
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not at least 0 and finite")
     return value
-
-
-def picture(text: str) -> Path:
-    if not text.endswith((".png", ".svg", ".pdf")):
-        raise argparse.ArgumentTypeError(f"{text} does not end in .png, .svg or .pdf")
-    return Path(text)
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -116,8 +96,8 @@ def argument_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--seed", type=whole, default=0, help="of all that is random")
-    add("--steps", type=steps, default=200, metavar="N", help="training steps")
+    add("--seed", type=seed, default=0, help="of all that is random")
+    add("--steps", type=positive(int), default=200, metavar="N", help="training steps")
     add(
         "--pseudo-samples",
         type=samples,
@@ -128,15 +108,6 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path("out/covariate_shift"), help="results go here")
     add("--figure", type=picture, metavar="PATH", help="also write the picture there")
     return parser
-
-
-def prepare(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Makes the folders to write to now, lest it fails when the work is done."""
-    for folder in [args.out, *([args.figure.parent] if args.figure else [])]:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            parser.error(f"cannot write to {folder}: {error.strerror}")
 
 
 def trained(net: Network, data: Digits, args: argparse.Namespace) -> Variables:
@@ -218,7 +189,7 @@ def main(
 ) -> Results:
     parser = argument_parser()
     args = parser.parse_args(argv)
-    prepare(parser, args)
+    make_folders(parser, args)
     began = time.perf_counter()
     net, data = net or Network(), load_data(args.seed)
     variables = trained(net, data, args)

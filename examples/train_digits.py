@@ -32,7 +32,6 @@ Needs `pip install 'jaxbn[examples]'`.
 
 import argparse
 import hashlib
-import math
 from pathlib import Path
 
 import jax
@@ -50,33 +49,8 @@ from _digits_training import (
     pieces,
     sweep,
 )
+from _options import make_folders, picture, positive, seed
 from tqdm import tqdm
-
-
-def positive(kind):
-    """An argparse type: a finite number above zero."""
-
-    def parse(text: str):
-        value = kind(text)
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not above 0 and finite")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
-
-
-def seed(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**31:
-        raise argparse.ArgumentTypeError(f"{text} is not in 0 ... 2**31 - 1")
-    return value
-
-
-def picture(text: str) -> Path:
-    if not text.endswith((".png", ".svg", ".pdf")):
-        raise argparse.ArgumentTypeError(f"{text} does not end in .png, .svg or .pdf")
-    return Path(text)
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -93,17 +67,6 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--figure", type=picture, metavar="PATH", help="also write the picture there")
     add("--resume", action="store_true", help="continue from the checkpoint in --out")
     return parser
-
-
-def prepare(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Makes the folders to write to now, lest it fails when the work is done."""
-    if args.resume and not args.out.is_dir():
-        parser.error(f"no checkpoint in {args.out}: start without --resume")
-    for folder in [args.out, *([args.figure.parent] if args.figure else [])]:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            parser.error(f"cannot write to {folder}: {error.strerror}")
 
 
 def train_both(
@@ -195,7 +158,9 @@ Parameters and statistics at step {args.steps}: sha256 {digest(runs)}
 def main() -> None:
     parser = argument_parser()
     args = parser.parse_args()
-    prepare(parser, args)
+    if args.resume and not args.out.is_dir():
+        parser.error(f"no checkpoint in {args.out}: start without --resume")
+    make_folders(parser, args)
     with Checkpoints(args.out, args.seed, args.lr) as checkpoints:
         first = 0
         if args.resume:

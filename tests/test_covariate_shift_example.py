@@ -113,7 +113,7 @@ def test_the_study_writes_its_table_and_its_picture(net, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--steps", "0"], "--steps: must be at least 1"),
+        (["--steps", "0"], "--steps: 0 is not above 0"),
         (["--seed", "-1"], "-1 is not in 0 ..."),
         (["--pseudo-samples", "-1"], "-1 is not at least 0 and finite"),
         (["--pseudo-samples", "nan"], "nan is not at least 0 and finite"),

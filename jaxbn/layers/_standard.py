@@ -124,7 +124,7 @@ def standard(
     def infer(params, state: RunningStats, x, weights):
         affine = params.get("scale"), params.get("bias")
         if pseudo_samples is not None:
-            m = adapted(state, x, weights)
+            m = adapted(state, x, weights, pseudo_samples)
         elif example_weight:
             x = _dtypes.inexact_array("x", x)
             axes = _axes.canonical(feature_axes, x.ndim)
@@ -134,10 +134,10 @@ def standard(
             return normalize(x, state.mean, state.var, *affine, **same)
         return normalize_given(x, m, *affine, weights=weights, **same)
 
-    def adapted(state: RunningStats, x, weights) -> Moments:
+    def adapted(state: RunningStats, x, weights, prior: float) -> Moments:
         m = measure(state, x, weights)
         n = m.count / positions(x, feature_axes)
-        kept = prior_share(pseudo_samples, n)
+        kept = prior_share(prior, n)
         mean, var, _ = update(state, m, momentum=kept)
         return Moments(mean, var, m.count)
 
