@@ -17,7 +17,8 @@ NO_LAYERS = (
 
 def as_running_stats(values: Mapping[str, Any]) -> RunningStats:
     """A layer's statistics; where it tracks a standard deviation, that squared."""
-    arrays = {name: jnp.asarray(value) for name, value in values.items()}
+    own = {"mean", "var", "std", "step"} & set(values)
+    arrays = {name: jnp.asarray(values[name]) for name in own}
     if "std" in arrays:
         arrays["var"] = jnp.square(_dtypes.widen(arrays.pop("std")))
     return RunningStats(**{"step": jnp.zeros((), jnp.int32)} | arrays)
@@ -45,7 +46,11 @@ def replaced(name: str, old: Mapping[str, Any], stats: Any) -> dict[str, jax.Arr
         new["std"] = jnp.sqrt(_dtypes.widen(new.pop("var")))
     if "step" in old:
         new["step"] = jnp.maximum(jnp.asarray(old["step"]), stats.step)
-    return {key: v.astype(jnp.asarray(old[key]).dtype) for key, v in new.items()}
+    # Arrays of their own: variables may be donated, and `stats` live on.
+    return {
+        key: jnp.array(v, jnp.asarray(old[key]).dtype, copy=True)
+        for key, v in new.items()
+    }
 
 
 def require_same_layers(given: Mapping[str, Any], own: Mapping[str, Any]) -> None:
@@ -59,11 +64,38 @@ def require_same_layers(given: Mapping[str, Any], own: Mapping[str, Any]) -> Non
         )
 
 
-def static_and_traced(call: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Keywords that a compiled function is made for, and those that it is given."""
-    static = {name: value for name, value in call.items() if is_static(value)}
-    traced = {name: value for name, value in call.items() if name not in static}
-    return tuple(static.items()), traced
+class Static:
+    """What a function is compiled for: values that are no arrays, and their places.
+
+    Unlike tuples it tells 1 from True and from 1.0.
+    """
+
+    def __init__(self, values: list[Any], treedef: Any):
+        self.values, self.treedef = values, treedef
+        self.key = tuple((type(v), v) for v in values), treedef
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Static) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+
+TRACED = object()
+
+
+def static_and_traced(call: dict[str, Any]) -> tuple[Static, list[Any]]:
+    """Keywords apart: what a function is compiled for, and arrays that it is given."""
+    leaves, treedef = jax.tree.flatten(call)
+    kept = [leaf if is_static(leaf) else TRACED for leaf in leaves]
+    return Static(kept, treedef), [v for v in leaves if not is_static(v)]
+
+
+def together(static: Static, traced: list[Any]) -> dict[str, Any]:
+    """The keywords again."""
+    arrays = iter(traced)
+    leaves = [next(arrays) if v is TRACED else v for v in static.values]
+    return jax.tree.unflatten(static.treedef, leaves)
 
 
 def is_static(value: Any) -> bool:

@@ -162,7 +162,8 @@ def merge_moments(
     if count.ndim == len(stacked):
         return pooled
     whole = jnp.broadcast_to(pooled.count, pooled.mean.shape)
-    return pooled._replace(count=whole[(..., *[0] * (mean.ndim - count.ndim))])
+    same = tuple(range(count.ndim - len(stacked), whole.ndim))
+    return pooled._replace(count=jnp.max(whole, same, initial=0))
 
 
 def _shared(count: jax.Array, mean: jax.Array, stacked: tuple[int, ...]) -> int:
@@ -218,6 +219,13 @@ def _pooled(
     for part in inner:
         var = var + part / divisor(count)
     return Moments(center + offset, var, count)
+
+
+def whole_count(m: Moments) -> jax.Array:
+    """The count in the shape of the mean, and in its sharding."""
+    mean, count = jnp.asarray(m.mean), jnp.asarray(m.count)
+    count = jnp.expand_dims(count, tuple(range(count.ndim, mean.ndim)))
+    return _mesh.shard_like(jnp.broadcast_to(count, mean.shape), mean)
 
 
 def divisor(count: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn import _dtypes, _mesh
-from jaxbn._moments import Moments, merge_moments
+from jaxbn._moments import Moments, merge_moments, whole_count
 from jaxbn.layers import Layer
 
 Arrays = dict[str, jax.Array]
@@ -20,15 +20,18 @@ FIELDS = Moments._fields
 START = "start_"
 
 
-def empty(mean: jax.Array, *like: jax.Array) -> Arrays:
-    """The record of no batch, for statistics with this mean; as wide as `like`."""
-    mean = jnp.zeros_like(_dtypes.widen(mean, *like))
-    return {"mean": mean, "var": jnp.zeros_like(mean.real), "count": mean.real}
+def empty(mean: jax.Array) -> Arrays:
+    """The record of no batch, for statistics with this mean; as wide as JAX has it."""
+    mean = jnp.zeros_like(_dtypes.widen(mean, jnp.zeros(())))
+    real = mean.real
+    # Arrays of their own, or they could not be donated.
+    return {"mean": mean, "var": jnp.zeros_like(real), "count": jnp.zeros_like(real)}
 
 
 def empty_window(stats: Arrays) -> Arrays:
     """The record of a window before its first micro-batch."""
-    return empty(stats["mean"]) | {START + name: v for name, v in stats.items()}
+    start = {START + name: jnp.array(v, copy=True) for name, v in stats.items()}
+    return empty(stats["mean"]) | start
 
 
 def is_window(record: Any) -> bool:
@@ -73,7 +76,8 @@ def run(
         return y, new, _with(record, m)
     start = _start(record, stats)
     y, m = layer.forward(params, kind(start), x, training=True, **inputs)
-    record = _with(record, m) | {START + name: v for name, v in start.items()}
+    record = _with(record, jax.lax.stop_gradient(m))
+    record |= {START + name: v for name, v in start.items()}
     return y, layer.update(kind(start), moments_of(record)), record
 
 
@@ -88,19 +92,16 @@ def _start(record: Arrays, stats: Arrays) -> Arrays:
 
 def _with(record: Arrays, m: Moments) -> Arrays:
     """The record with a batch more."""
-    old = moments_of(record)
+    # Restored in a narrow dtype it would stay there, and its count stop.
+    old = Moments(*(_dtypes.widen(v) for v in moments_of(record)))
     if m.mean.ndim > old.mean.ndim:  # of groups, each with moments of its own
         m = merge_moments(m)
-    m = jax.lax.stop_gradient(m)
-    trailing = tuple(range(m.count.ndim, m.mean.ndim))
-    count = jnp.expand_dims(m.count, trailing)
-    m = m._replace(count=jnp.broadcast_to(count, m.mean.shape))
+    m = m._replace(count=whole_count(m))
 
     def stacked(old: jax.Array, new: jax.Array) -> jax.Array:
         new = _dtypes.widen(new, old)
         return jnp.stack([_mesh.shard_like(old.astype(new.dtype), new), new])
 
     both = merge_moments(Moments(*map(stacked, old, m)))
-    return record | {
-        name: value.astype(record[name].dtype) for name, value in both._asdict().items()
-    }
+    new = jax.tree.map(lambda v, o: v.astype(o.dtype), both, old)
+    return record | new._asdict()

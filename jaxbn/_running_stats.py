@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxbn import _axes, _dtypes
+from jaxbn import _axes, _dtypes, _mesh
 from jaxbn._moments import Moments
 
 Momentum = ArrayLike | Callable[[jax.Array], ArrayLike]
@@ -115,19 +115,25 @@ def update(
     if unbiased:
         var = jnp.where(n > 1, var * (n / jnp.where(n > 1, n - 1, 1)), var)
 
-    def blend(old: jax.Array, new: jax.Array) -> jax.Array:
-        wide = _dtypes.widen(old, new)
-        dtype = _dtypes.accumulation(wide.dtype)
-        # The two must sum to exactly 1, or errors of one sign pile up over the steps.
-        own = jnp.asarray(keep, dtype)
-        mixed = own * wide + (1 - own) * new.astype(wide.dtype)
-        return jnp.where(n > 0, mixed, wide).astype(old.dtype)
-
-    return RunningStats(
-        mean=blend(stats.mean, moments.mean),
-        var=blend(stats.var, var),
-        step=stats.step + jnp.any(n > 0).astype(stats.step.dtype),
+    mean, var = (
+        blended(old, new, keep, n).astype(old.dtype)
+        for old, new in ((stats.mean, moments.mean), (stats.var, var))
     )
+    step = stats.step + jnp.any(n > 0).astype(stats.step.dtype)
+    return RunningStats(mean, var, step)
+
+
+def blended(
+    old: jax.Array, new: jax.Array, keep: jax.Array, count: jax.Array
+) -> jax.Array:
+    """`keep` of the old value and the rest of the new one, where that has weight."""
+    old, new = _dtypes.widen(old, new), _dtypes.widen(new, old)
+    # The two must sum to exactly 1, or errors of one sign pile up over the steps.
+    own = jnp.asarray(keep, _dtypes.accumulation(old.dtype))
+    mixed = own * old + (1 - own) * new
+    if count.ndim == mixed.ndim:
+        count = _mesh.shard_like(count, mixed)
+    return jnp.where(count > 0, mixed, old)
 
 
 def old_weight(stats: RunningStats, momentum: Momentum) -> jax.Array:

@@ -57,7 +57,7 @@ def test_a_thousand_batches_lose_no_precision():
     """Merging them one after the other loses a hundred times as much."""
     rng = np.random.default_rng(0)
     x = np.float32(1e4 + rng.normal(size=(1000, 8, 2)))
-    m = collect(jax.jit(jaxbn.moments), x)
+    m = collect(jax.jit(jaxbn.moments), list(x))
     mean, var, _ = truth(x)
     assert_close(m.mean, mean, rtol=1.5e-7)
     assert_close(m.var, var, rtol=2e-5)

@@ -43,4 +43,4 @@ def prior_share(pseudo_samples: ArrayLike, samples: ArrayLike) -> jax.Array:
     """N/(N + n): what running statistics weigh that count as N samples, beside n."""
     prior, new = jnp.asarray(pseudo_samples, float), jnp.asarray(samples, float)
     share = prior / jnp.where(prior + new > 0, prior + new, 1)
-    return jnp.where(jnp.isinf(prior), 1.0, share)
+    return jnp.where(jnp.isinf(prior) | (prior + new == 0), 1.0, share)

@@ -1,13 +1,14 @@
 """The batch norm of Ioffe and Szegedy."""
 
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 
 from jaxbn import _axes, _dtypes, _mesh
 from jaxbn._batch_norm import batch_norm, normalize_given
 from jaxbn._moments import Moments, moments
 from jaxbn._normalize import normalize
-from jaxbn._running_stats import Momentum, RunningStats, init_stats, update
+from jaxbn._running_stats import Momentum, RunningStats, blended, init_stats, update
 from jaxbn.layers._examples import example_moments, positions
 from jaxbn.layers._layer import Layer, compose, init_affine
 from jaxbn.layers._mixture import mixture, prior_share
@@ -138,7 +139,11 @@ def standard(
         m = measure(state, x, weights)
         n = m.count / positions(x, feature_axes)
         kept = prior_share(prior, n)
-        mean, var, _ = update(state, m, momentum=kept)
+        old = lax.stop_gradient(state)
+        mean, var = (
+            blended(a, b, kept, m.count)
+            for a, b in ((old.mean, m.mean), (old.var, m.var))
+        )
         return Moments(mean, var, m.count)
 
     def measure(state, x, weights):

@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core.scope import DenyList
 from flax.linen.dtypes import canonicalize_dtype
 from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
@@ -16,7 +17,8 @@ from jaxbn._running_stats import Momentum
 NO_WINDOW = (
     "With `accumulate`, training needs the collection `batch_moments` that `init` "
     "makes: pass it in the variables of every call, and "
-    '`mutable=["batch_stats", "batch_moments"]`. To measure moments without a step of '
+    '`mutable=["batch_stats", "batch_moments"]`; under `nn.scan` and `nn.vmap`, lift '
+    "it as `batch_stats`. To measure moments without a step of "
     'the statistics, leave it out, and pass `mutable=["batch_moments"]`.'
 )
 
@@ -87,7 +89,7 @@ class Adapter(nn.Module):
         params, state = jax.eval_shape(lambda: plan.init(features))
 
         stats = self._stats(plan, features, state, training)
-        record = self._record(stats, x, training)
+        record = self._record(stats, training)
         mean = stats["mean"].value
         _flax_fields.require_features("batch_stats", mean, state.mean, x, axes)
         x = _flax_fields.like_mean(x, mean, "Initialize with a complex `x`.")
@@ -121,31 +123,47 @@ class Adapter(nn.Module):
     @nn.nowrap
     def _is_measuring(self) -> bool:
         """Whether moments are wanted, and no step of the statistics."""
-        mutable = self.is_mutable_collection
-        return mutable("batch_moments") and not mutable("batch_stats")
+        return self._is_recording() and not self.is_mutable_collection("batch_stats")
 
     @nn.nowrap
-    def _record(self, stats: dict, x: jax.Array, training: bool) -> dict | None:
+    def _is_recording(self) -> bool:
+        """Whether `batch_moments` are there, or were asked for by name.
+
+        Flax's batch norm has no such collection, where all are mutable.
+        """
+        mutable = self.scope.mutable  # type: ignore  (a scope is bound in a call)
+        named = not isinstance(mutable, (bool, DenyList))
+        given = self.has_variable("batch_moments", "mean")
+        return (named or given) and self.is_mutable_collection("batch_moments")
+
+    @nn.nowrap
+    def _record(self, stats: dict, training: bool) -> dict | None:
         """The variables of `batch_moments`; None where nothing is to be recorded."""
         accumulate: bool = self.accumulate  # type: ignore  (a field of every module)
-        initializing, measuring = self.is_initializing(), self._is_measuring()
-        wanted = self.is_mutable_collection("batch_moments")
-        given = self.has_variable("batch_moments", _recording.START + "mean")
-        right = wanted and measuring != given  # Measure, or have a window.
-        if accumulate and training and not initializing and not right:
-            raise ValueError(NO_WINDOW)
+        initializing, recording = self.is_initializing(), self._is_recording()
+        window = self.has_variable("batch_moments", _recording.START + "mean")
         values = {name: v.value for name, v in stats.items()}
-        if accumulate and (initializing or (given and training)):
-            initial = _recording.empty_window(values)
-        elif wanted and not initializing and not (accumulate and given):
-            initial = _recording.empty(values["mean"], x)
-        else:
+        if initializing and accumulate:
+            if not self.is_mutable_collection("batch_moments"):
+                raise ValueError(NO_WINDOW)
+            self._variables("batch_moments", _recording.empty_window(values))
             return None
-        record = {
-            name: self.variable("batch_moments", name, lambda value=value: value)
+        if accumulate and training:
+            # Either there is a window, or nothing but moments are wanted.
+            if not recording or window == self._is_measuring():
+                raise ValueError(NO_WINDOW)
+            if window:
+                return self._variables("batch_moments", _recording.empty_window(values))
+        if initializing or window or not recording:
+            return None
+        return self._variables("batch_moments", _recording.empty(values["mean"]))
+
+    @nn.nowrap
+    def _variables(self, collection: str, initial: dict) -> dict:
+        return {
+            name: self.variable(collection, name, lambda value=value: value)
             for name, value in initial.items()
         }
-        return None if initializing else record
 
     @nn.nowrap
     def _stats(self, layer: layers.Layer, features, state: Any, training: bool) -> dict:

@@ -20,9 +20,10 @@ class BatchNorm(Adapter, nn.BatchNorm):
         training:   y, m = batch_norm(x, scale, bias);  batch_stats = update(..., m)
         inference:  y = normalize(x, mean, var, scale, bias)
 
-    Wherever the collection `batch_moments` is mutable, it also records the exact
-    moments of its input, in training and at inference; where it is mutable and
-    `batch_stats` is not, the statistics stay (see `jaxbn.linen.moments_fn`).
+    Where `mutable` names the collection `batch_moments` (`mutable=True` does not), it
+    records the moments of its input, in training and at inference: those that the
+    statistics move by, or, where these are not mutable and stay, exact ones in two
+    passes. See `jaxbn.linen.moments_fn`.
 
     Where it differs from Flax's: statistics over devices weigh every example alike,
     also under masks; a mask may be float weights; NaN under the mask and an empty mask
@@ -49,7 +50,8 @@ class BatchNorm(Adapter, nn.BatchNorm):
         `jaxbn.layers.standard`.
       accumulate: Make one step of the statistics for several micro-batches, equal to
         that of all of them in one batch: until `jaxbn.linen.commit` closes the window.
-        Its pooled moments and the statistics at its start are the collection
+        A layer that is called twice in a pass takes both inputs for one batch.
+        The window's pooled moments and the statistics at its start are the collection
         `batch_moments`, which must be passed along, and mutable in training.
       (others): As in `flax.linen.BatchNorm`.
 

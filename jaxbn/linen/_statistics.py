@@ -15,6 +15,14 @@ from jaxbn._running_stats import RunningStats
 
 Variables = Mapping[str, Any]
 
+NOT_OURS = (
+    "While moments are measured only `batch_moments` may change, but a layer changes "
+    "another collection: {} If it is a batch norm of another library, use "
+    "`jaxbn.linen.BatchNorm` in its place; if it is jaxbn's under `nn.scan` or "
+    "`nn.vmap`, lift `batch_moments` as `batch_stats`; if it is another layer, call "
+    "the model such that it does not."
+)
+
 
 def running_stats(variables: Variables) -> dict[str, RunningStats]:
     """The running statistics of every batch norm of a model.
@@ -103,6 +111,7 @@ def moments_fn(
       **call: What `model.apply` takes besides: `training=True`, or whatever the model
         calls it; `rngs`; `method`, a function of the module and the batch, where a
         batch is not the model's first argument: `lambda net, b: net(b["image"])`.
+        Arrays may be traced; for other values the function is compiled.
 
     Returns:
       `f(batch)`, compiled, that returns a dict from the path of a layer to its
@@ -135,25 +144,27 @@ def moments_fn(
 
 
 def _measure(model: nn.Module, static, traced, variables: Variables, batch: Any):
-    call = dict(static) | traced
+    call = _module_stats.together(static, traced)
+    layers = _layers_of(variables)
+    # Every layer has a record from the start, as `nn.cond` and `nn.scan` want it.
+    empty = variables["batch_stats"]
+    for path, stats in layers.items():
+        empty = _with(empty, path, _recording.empty(stats["mean"]))
+    empty = {**variables, "batch_moments": _only_records(empty)}
     try:
-        _, new = model.apply(variables, batch, mutable=["batch_moments"], **call)
+        _, new = model.apply(empty, batch, mutable=["batch_moments"], **call)
     except ModifyScopeVariableError as error:
-        raise ValueError(
-            "A layer of the model writes `batch_stats` by itself: a batch norm of "
-            "another library, whose moments cannot be measured. Use "
-            f"`jaxbn.linen.BatchNorm` in its place. Flax says: {error}"
-        ) from error
-    found = dict(_layers(new.get("batch_moments", {})))
-    if not found:
+        raise ValueError(NOT_OURS.format(error)) from error
+    found = dict(_layers(new["batch_moments"]))
+    before = dict(_layers(empty["batch_moments"]))
+    if all(found[path]["count"] is before[path]["count"] for path in layers):
         raise ValueError(
             "No layer of the model recorded moments: none that ran is a batch norm of "
-            "jaxbn. Build the model with `jaxbn.linen.BatchNorm`."
+            "jaxbn, or it is under `nn.scan` or `nn.vmap`, and these do not lift the "
+            "collection `batch_moments` as they do `batch_stats`. Build the model with "
+            "`jaxbn.linen.BatchNorm`."
         )
-    return {
-        path: _recording.moments_of(found.get(path) or _recording.empty(stats["mean"]))
-        for path, stats in _layers_of(variables).items()
-    }
+    return {path: _recording.moments_of(found[path]) for path in layers}
 
 
 _measure_compiled = jax.jit(_measure, static_argnums=(0, 1))
@@ -218,14 +229,24 @@ def _layers_of(variables: Variables) -> dict[str, Mapping]:
 
 
 def _layers(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Mapping]]:
-    """The dicts with a mean, which are those of batch norms, by their paths."""
+    """The dicts of a mean and a variance, those of batch norms, by their paths."""
     if not isinstance(tree, Mapping):
         return
-    if "mean" in tree and not isinstance(tree["mean"], Mapping):
+    arrays = {name for name, part in tree.items() if not isinstance(part, Mapping)}
+    if "mean" in arrays and arrays & {"var", "std"}:
         yield "/".join(path), tree
-        return
     for name, part in tree.items():
         yield from _layers(part, (*path, name))
+
+
+def _only_records(tree: Mapping) -> dict:
+    """The tree without what else was in the dicts."""
+    if "count" in tree and not isinstance(tree["count"], Mapping):
+        own = {name: tree[name] for name in _recording.FIELDS}
+    else:
+        own = {}
+    parts = {k: _only_records(v) for k, v in tree.items() if isinstance(v, Mapping)}
+    return own | parts
 
 
 def _with(tree: Mapping, path: str, leaf: Mapping) -> Any:

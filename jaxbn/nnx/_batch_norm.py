@@ -10,14 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.nnx.module import first_from
 from flax.nnx.nn.dtypes import canonicalize_dtype, promote_dtype
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from jax.typing import ArrayLike
 
 from jaxbn import _axes, _flax_fields, _mesh, _recording, layers
 from jaxbn._running_stats import Momentum, RunningStats, init_stats
-from jaxbn.nnx._variant import NOT_GIVEN, recorder, run, statistics
+from jaxbn.nnx._variant import is_training, recorder, run, statistics
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -57,8 +56,9 @@ class BatchNorm(nnx.BatchNorm):
         beside those of the batch; None leaves the batch out. As for
         `jaxbn.layers.standard`.
       accumulate: Make one step of the statistics for several micro-batches, equal to
-        that of all of them in one batch: until `jaxbn.nnx.commit` closes the window.
-        Its pooled moments and the statistics at its start are the variables
+        that of all of them in one batch: until `jaxbn.nnx.commit` closes the window. A
+        layer that is called twice in a pass takes both inputs for one batch.
+        The window's pooled moments and the statistics at its start are the variables
         `batch_moments`, of type `BatchMoments`, a kind of `nnx.BatchStat`.
       (others): As in `flax.nnx.BatchNorm`.
 
@@ -169,12 +169,7 @@ class BatchNorm(nnx.BatchNorm):
         Returns:
           An array of the shape of `x`.
         """
-        use_running_average = first_from(
-            use_running_average,
-            self.use_running_average,
-            error_msg=NOT_GIVEN,
-        )
-        training = _flax_fields.is_training(use_running_average)
+        training = is_training(self, use_running_average)
         if callable(self.momentum) and self.step is None:
             raise ValueError(_flax_fields.LATE_MOMENTUM)
         x = _flax_fields.as_inexact(x)

@@ -103,11 +103,12 @@ def moments_fn(
       model: A model with batch norms of `jaxbn.nnx`, as it is now: the function keeps
         its variables.
       training: True has layers normalized by the batch, as Precise BN and AdaBN want
-        it; False by the running statistics, as for `drift`. It sets
-        `use_running_average` of the batch norms, and of nothing else.
+        it; False by the running statistics, as for `drift`. It is so whatever the
+        model passes to its batch norms, and concerns nothing but these.
       method: `method(model, batch, **call)` is run instead, where a batch is not the
         model's first argument: `lambda model, b: model(b["image"])`.
-      **call: What the model takes besides.
+      **call: What the model takes besides. Arrays may be traced; for other values the
+        function is compiled.
 
     Returns:
       `f(batch)`, compiled, that returns a dict from the path of a layer to its
@@ -136,7 +137,7 @@ def moments_fn(
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _measure(graphdef: Any, how: tuple, traced: dict, state: Any, batch: Any):
+def _measure(graphdef: Any, how: tuple, traced: list, state: Any, batch: Any):
     training, method, static = how
     model = nnx.merge(graphdef, state)
     layers = _layers_of(model)
@@ -144,9 +145,12 @@ def _measure(graphdef: Any, how: tuple, traced: dict, state: Any, batch: Any):
         layer.use_running_average = not training
         layer.use_fast_variance = False  # Measured in two passes, whatever it does.
         layer.accumulate = False
-        layer.batch_moments = recorder(_recording.empty(statistics(layer)["mean"][...]))
-    call = dict(static) | traced
-    method(model, batch, **call) if method else model(batch, **call)  # type: ignore
+        layer.batch_moments = recorder(_recording.empty(layer.mean[...]))
+    call = _module_stats.together(static, traced)
+    if method is None:
+        model(batch, **call)  # type: ignore  (A module need not be callable.)
+    else:
+        method(model, batch, **call)
     return {
         path: _recording.moments_of({n: v[...] for n, v in layer.batch_moments.items()})
         for path, layer in layers.items()

@@ -21,6 +21,10 @@ NOT_GIVEN = (
 )
 
 
+LATE_ACCUMULATE = (
+    "`accumulate` became True after the module was made, which has no variables for "
+    "the window. Pass it to the constructor."
+)
 STATISTICS = ("mean", "var", "std", "step")
 
 
@@ -67,6 +71,14 @@ def recorder(record: dict[str, jax.Array]) -> nnx.Dict:
     return nnx.Dict({name: BatchMoments(value) for name, value in record.items()})
 
 
+def is_training(module: Any, use_running_average: bool | None) -> bool:
+    """Whether a call normalizes by the batch; what is being measured is not asked."""
+    own, record = module.use_running_average, module.batch_moments
+    if record is None or _recording.is_window(record):
+        own = first_from(use_running_average, own, error_msg=NOT_GIVEN)
+    return _flax_fields.is_training(own)
+
+
 def statistics(module: Any) -> dict[str, nnx.Variable]:
     """The running statistics of a module, by their names."""
     found = {name: getattr(module, name, None) for name in STATISTICS}
@@ -85,8 +97,10 @@ def run(
 ) -> jax.Array:
     """Applies a layer to the variables of its module, and updates them."""
     stats, record = statistics(module), module.batch_moments
-    if module.accumulate and not training:
-        record = None
+    if training and module.accumulate and record is None:
+        raise ValueError(LATE_ACCUMULATE)
+    if record is not None and _recording.is_window(record):
+        record = record if training and module.accumulate else None
     y, new, recorded = _recording.run(
         layer,
         kind,
@@ -207,10 +221,7 @@ class Variant(nnx.Module):
         return (self.momentum,)
 
     def _run(self, x, use_running_average, mask, **inputs: Any) -> jax.Array:
-        use_running_average = first_from(
-            use_running_average, self.use_running_average, error_msg=NOT_GIVEN
-        )
-        training = _flax_fields.is_training(use_running_average)
+        training = is_training(self, use_running_average)
         x = _flax_fields.as_inexact(x)
         axes = _flax_fields.feature_axes(self.axis, x.ndim)
         features = _axes.lengths(x, axes)

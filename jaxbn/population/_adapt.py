@@ -1,15 +1,18 @@
 """Statistics adapted to another domain than that of the training data."""
 
+import functools
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jaxbn._moments import Moments
+from jaxbn._moments import Moments, whole_count
 from jaxbn._running_stats import RunningStats, update
 from jaxbn.layers._mixture import prior_share
-from jaxbn.population._trees import map_layers, require_same_layers, whole_count
+from jaxbn.population._trees import map_layers, require_same_layers
 
 
 def adapt(
@@ -70,7 +73,10 @@ def adapt(
     kept = _kept(pseudo_samples, samples)
 
     def adapted(old: RunningStats, m: Moments) -> RunningStats:
-        return update(old, m._replace(count=whole_count(m)), momentum=kept)
+        moved = functools.partial(update, momentum=kept)
+        for _ in range(jnp.ndim(old.step)):  # One for each domain.
+            moved = jax.vmap(moved)
+        return moved(old, m._replace(count=whole_count(m)))
 
     return map_layers(adapted, stats, moments)
 

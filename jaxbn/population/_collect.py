@@ -1,13 +1,14 @@
 """The moments of a whole data set, batch by batch."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxbn._moments import Moments, merge_moments
-from jaxbn.population._trees import map_layers, named_layers, whole_count
+from jaxbn._moments import Moments, merge_moments, whole_count
+from jaxbn.population._trees import map_layers, named_layers
 
 
 def collect(moments_fn: Callable[[Any], Any], batches: Iterable[Any]) -> Any:
@@ -28,7 +29,8 @@ def collect(moments_fn: Callable[[Any], Any], batches: Iterable[Any]) -> Any:
       A tree of `Moments` like those of a batch.
 
     Raises:
-      TypeError: What `moments_fn` returns has other leaves than `Moments`.
+      TypeError: What `moments_fn` returns has other leaves than `Moments`, or `batches`
+        is an array or a dict.
       ValueError: There is no batch, a batch has no layer or other layers than the
         first one.
 
@@ -47,6 +49,11 @@ def collect(moments_fn: Callable[[Any], Any], batches: Iterable[Any]) -> Any:
 
 def pool(moments_fn: Callable[[Any], Any], batches: Iterable[Any]) -> tuple[int, Any]:
     """The number of batches, and what `collect` returns."""
+    if isinstance(batches, (jax.Array, np.ndarray, Mapping)):
+        raise TypeError(
+            f"`batches` is {type(batches).__name__}, expected an iterable of batches. "
+            "Pass `[x]` if it is one batch, `list(x)` if it is an array of batches."
+        )
     done: list[tuple[int, Any]] = []  # Each of twice as many batches as the next.
     for batch in batches:
         size, part = 1, moments_fn(batch)

@@ -6,22 +6,25 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn import _dtypes
-from jaxbn._moments import Moments
+from jaxbn._moments import Moments, whole_count
 from jaxbn._running_stats import RunningStats
-from jaxbn.population._trees import map_layers, require_same_layers, whole_count
+from jaxbn.population._trees import map_layers, require_same_layers
 
 
 class Drift(NamedTuple):
     """How one layer's data differ from its running statistics, channel by channel.
 
     Attributes:
-      kl: Symmetric Kullback-Leibler divergence of the two Gaussians, in nats.
+      kl: Symmetric Kullback-Leibler divergence of the two Gaussians, in nats. Where
+        there are no data, this and the following two are NaN.
       mean_shift: Difference of the means in running standard deviations; signed, or its
         magnitude for complex data.
       var_ratio: The data's variance over the running one.
       dead: Whether the data are constant, to the precision of their dtype.
       non_finite: Whether a mean or variance is infinite or NaN.
-      never_updated: Whether the running statistics are the initial 0 and 1; a scalar.
+      count: The total weight of the data.
+      never_updated: Whether all running statistics of the layer are the initial 0 and
+        1; a scalar.
 
     Example:
       >>> import jaxbn, jax.numpy as jnp
@@ -36,6 +39,7 @@ class Drift(NamedTuple):
     var_ratio: jax.Array
     dead: jax.Array
     non_finite: jax.Array
+    count: jax.Array
     never_updated: jax.Array
 
 
@@ -94,12 +98,19 @@ def _drift(stats: RunningStats, m: Moments, epsilon: float) -> Drift:
     apart = m.mean - mean
     distance = jnp.square(jnp.abs(apart))
     shift = jnp.abs(apart) if jnp.iscomplexobj(apart) else apart
+    count = whole_count(m)
+    # Not (s²/σ² + σ²/s²)/2 − 1, which cancels where the two are near.
+    kl = ((s2 - var) / s2 * ((s2 - var) / var) + distance / s2 + distance / var) / 2
+
+    def known(value: jax.Array) -> jax.Array:
+        return jnp.where(count > 0, value, jnp.nan)
+
     return Drift(
-        # Not (s²/σ² + σ²/s²)/2 − 1, which cancels where the two are near.
-        kl=(jnp.square(s2 - var) / (s2 * var) + distance * (1 / s2 + 1 / var)) / 2,
-        mean_shift=shift / jnp.sqrt(var),
-        var_ratio=s2 / var,
-        dead=(m.var <= jnp.square(resolution * jnp.abs(m.mean))) & (whole_count(m) > 0),
+        kl=known(kl),
+        mean_shift=known(shift / jnp.sqrt(var)),
+        var_ratio=known(s2 / var),
+        dead=(m.var <= jnp.square(resolution * jnp.abs(m.mean))) & (count > 0),
         non_finite=~finite,
+        count=count,
         never_updated=jnp.all((stats.mean == 0) & (stats.var == 1)),
     )

@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxbn._moments import Moments
+from jaxbn import _mesh
+from jaxbn._moments import Moments, whole_count
 from jaxbn._running_stats import RunningStats, init_stats, update
 from jaxbn.population._collect import pool
-from jaxbn.population._trees import map_layers, require_weight, whole_count
+from jaxbn.population._trees import map_layers, require_weight
 
 ESTIMATORS = ("pooled", "average")
 REMEDY = (
@@ -55,7 +56,8 @@ def recalibrate(
       a model.
 
     Raises:
-      TypeError: What `moments_fn` returns has other leaves than `Moments`.
+      TypeError: What `moments_fn` returns has other leaves than `Moments`, or `batches`
+        is an array or a dict.
       ValueError: There is no batch, a layer has seen no data, batches have different
         layers, or there is no such `estimator`.
 
@@ -76,6 +78,8 @@ def recalibrate(
     def stats_of(m: Moments) -> RunningStats:
         m = m._replace(count=whole_count(m))
         fresh = init_stats(m.mean.shape, dtype=m.mean.dtype)
+        like = RunningStats(m.mean, m.var, fresh.step)  # As they are sharded.
+        fresh = jax.tree.map(_mesh.shard_like, fresh, like)
         return update(fresh, m, momentum=0.0, unbiased=unbiased)
 
     def apart(batch: Any) -> tuple[Any, Any]:

@@ -63,9 +63,9 @@ def summary(drifts: Any) -> str:
 
 
 def _row(name: str, drift: Drift) -> tuple[str, ...]:
-    kl, shift, ratio, dead, bad, never = (np.asarray(v) for v in drift)
-    good = ~bad
-    remark = "never updated" if never else ""
+    kl, shift, ratio, dead, bad, count, never = (np.asarray(v) for v in drift)
+    good = ~bad & (count > 0)
+    remarks = ["never updated"] * bool(never.all()) + ["no data"] * (not count.any())
 
     def best(function, values: np.ndarray) -> str:
         return f"{function(values[good]):.3g}" if good.any() else "-"
@@ -80,7 +80,7 @@ def _row(name: str, drift: Drift) -> tuple[str, ...]:
         best(np.max, ratio),
         str(int(dead.sum())),
         str(int(bad.sum())),
-        remark,
+        ", ".join(remarks),
     )
 
 

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -44,6 +43,12 @@ def require_same_layers(stats: Any, moments: Any) -> None:
             f"`stats` and `moments` are of different layers: {sorted(ours)} and "
             f"{sorted(theirs)}. Take both from the same model."
         )
+    places = [jax.tree.structure(map_layers(lambda _: 0, t)) for t in (stats, moments)]
+    if places[0] != places[1]:
+        raise ValueError(
+            f"`stats` and `moments` have different containers: {places[0]} and "
+            f"{places[1]}. Make them alike, for example dicts by the layers' paths."
+        )
     for name, own in ours.items():
         if own.mean.shape != theirs[name].mean.shape:
             raise ValueError(
@@ -62,7 +67,8 @@ def require_weight(moments: Any, remedy: str) -> None:
         if not counts.any():
             raise ValueError(
                 f"Layer {name!r} has seen no data: it never ran, or all its weights "
-                f"were 0, or it is a batch norm of another library. {remedy}"
+                "were 0, or it is a batch norm of another library, or under a "
+                f"transform that does not lift `batch_moments`. {remedy}"
             )
         if not counts.all():
             raise ValueError(
@@ -75,13 +81,6 @@ def require_weight(moments: Any, remedy: str) -> None:
 def path_name(path: Iterable[Any]) -> str:
     """A path as words with slashes between them."""
     return "/".join(jax.tree_util.keystr((key,), simple=True) for key in path)
-
-
-def whole_count(m: Moments) -> jax.Array:
-    """The count in the shape of the mean."""
-    count = jnp.asarray(m.count)
-    count = jnp.expand_dims(count, tuple(range(count.ndim, jnp.ndim(m.mean))))
-    return jnp.broadcast_to(count, jnp.shape(m.mean))
 
 
 def _is_layer(node: Any) -> bool:
