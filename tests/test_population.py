@@ -214,6 +214,7 @@ STATS, MOMENTS = jaxbn.init_stats(2), jaxbn.moments(jnp.ones((3, 2)))
         (lambda: adapt({"a": STATS}, {"b": MOMENTS}), "are of different layers"),
         (lambda: adapt({}, {}), "`stats` has no layer"),
         (lambda: drift(jaxbn.init_stats(3), MOMENTS), "features of shape"),
+        (lambda: drift([STATS], (MOMENTS,)), "different containers"),
     ],
 )
 def test_wrong_arguments(call, message):
@@ -228,6 +229,33 @@ def test_wrong_leaves():
         adapt(STATS, STATS)
     with pytest.raises(TypeError, match=r"`drifts\['a'\]\.mean` is Array"):
         summary({"a": MOMENTS})
+
+
+def test_no_samples_and_no_prior_leave_the_statistics():
+    got = adapt(trained(), MOMENTS, pseudo_samples=0.0, samples=0)
+    assert_close(got.mean, trained().mean)
+
+
+def test_the_step_of_a_domain_without_data_stays(x64):
+    stats = jax.tree.map(lambda a: jnp.stack([a, a]), jaxbn.init_stats(3))
+    own = jaxbn.moments(numbers((4, 3), "float64"))
+    none = own._replace(count=jnp.zeros(()))
+    m = jax.tree.map(lambda *a: jnp.stack(a), own, none)
+    got = adapt(stats, m)
+    assert got.step.tolist() == [1, 0]
+    assert_close(got.mean[0], own.mean, rtol=1e-6)
+    assert_close(got.mean[1], np.zeros(3))
+
+
+@pytest.mark.parametrize("batches", [jnp.ones((3, 2)), np.ones((3, 2)), {"a": 1}])
+def test_what_is_one_batch_is_not_taken_for_several(batches):
+    with pytest.raises(TypeError, match=r"Pass `\[x\]` if it is one batch"):
+        recalibrate(jaxbn.moments, batches)
+
+
+def test_a_layer_without_features():
+    m = collect(lambda x: jaxbn.moments(x), [jnp.ones((3, 0)), jnp.ones((2, 0))])
+    assert m.mean.shape == (0,)
 
 
 # drift
@@ -274,6 +302,30 @@ def test_what_drift_flags():
     assert not drift(moved, jaxbn.moments(x)).never_updated
     never_ran = jaxbn.moments(x, weights=jnp.zeros(()))
     assert not drift(stats, never_ran).dead.any()
+
+
+def test_where_there_are_no_data_there_is_no_drift():
+    m = jaxbn.moments(jnp.ones((3, 2)), weights=jnp.array([True, False]))
+    found = drift(trained(), m)
+    assert np.isnan([found.kl[1], found.mean_shift[1], found.var_ratio[1]]).all()
+    assert np.isfinite(found.kl[0])
+    assert not found.non_finite.any()
+    none = drift(trained(), m._replace(count=jnp.zeros(())))
+    row = summary({"a": none}).splitlines()[2]
+    assert row.count(" - ") == 5
+    assert "no data" in row
+
+
+def test_drift_of_large_and_small_numbers_and_of_stacks():
+    stats = jaxbn.RunningStats(jnp.zeros(1), jnp.ones(1), jnp.int32(1))
+    m = jaxbn.Moments(jnp.zeros(1), jnp.full(1, 1e20), jnp.ones(()))
+    assert_close(drift(stats, m, epsilon=0.0).kl, [0.5e20], rtol=1e-5)
+    tiny = stats._replace(var=jnp.full(1, 1e-24))
+    m = m._replace(var=jnp.full(1, 2e-24))
+    assert_close(drift(tiny, m, epsilon=0.0).kl, [0.25], rtol=1e-5)
+    stack = lambda tree: jax.tree.map(lambda a: jnp.stack([a, a]), tree)
+    found = jax.vmap(drift)(stack(stats), stack(m))
+    assert "| a " in summary({"a": found})
 
 
 def test_summary_is_a_table():

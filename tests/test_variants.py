@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -235,6 +236,26 @@ def test_pseudo_samples_count_examples(prior, masked):
     mean = share * 0.5 + (1 - share) * batch.mean
     var = share * 2 + (1 - share) * batch.var
     assert_close(y, oracle.normalize(x, mean, var), 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize("options", [{"pseudo_samples": n} for n in (0.0, 3.0)])
+def test_gradients_pass_the_mix(x64, options):
+    """And 64-bit batches are not rounded to statistics in float32."""
+    layer = layers.standard(**options)
+    params, state = layer.init(2)
+    x = numbers((6, 3, 2), "float64")
+
+    def loss(x):
+        y, _ = layer.apply(params, state, x, training=False)
+        return jnp.sum(jnp.sin(y) * jnp.arange(36.0).reshape(6, 3, 2))
+
+    chex.assert_numerical_grads(loss, (x,), order=1, atol=1e-3, rtol=1e-3)
+    x += 1e6
+    n, m = options["pseudo_samples"], oracle.moments(x, (0, 1))
+    share = n / (n + 6)
+    mean, var = (1 - share) * m.mean, share + (1 - share) * m.var
+    y, _ = layer.apply(params, state, x, training=False)
+    assert_close(y, oracle.normalize(x, mean, var), 1e-9, 1e-9)
 
 
 def test_pseudo_samples_of_a_batch_on_several_devices():
