@@ -240,19 +240,16 @@ def _layers(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Mappin
 
 
 def _only_records(tree: Mapping) -> dict:
-    """The tree without what else was in the dicts."""
-    if "count" in tree and not isinstance(tree["count"], Mapping):
-        own = {name: tree[name] for name in _recording.FIELDS}
-    else:
-        own = {}
+    """The tree without what else is in its dicts."""
     parts = {k: _only_records(v) for k, v in tree.items() if isinstance(v, Mapping)}
-    return own | parts
+    arrays = {k: v for k, v in tree.items() if k in _recording.FIELDS}
+    return (arrays if len(arrays) == len(_recording.FIELDS) else {}) | parts
 
 
 def _with(tree: Mapping, path: str, leaf: Mapping) -> Any:
-    """The tree with another dict at a path."""
+    """The tree with these arrays in the dict at a path."""
     if not path:
-        return _like(tree, leaf)
+        return _like(tree, {**tree, **leaf})
     name, _, rest = path.partition("/")
     return _like(tree, {**tree, name: _with(tree[name], rest, leaf)})
 
