@@ -1,5 +1,6 @@
 """`fold` and `report` on whole programs."""
 
+import dataclasses
 import importlib.util
 import subprocess
 import sys
@@ -365,9 +366,16 @@ def test_what_is_left_and_why(why):
 
 
 def test_inside_a_scan_is_left():
-    params = {"kernels": example((2, 3, 3, 3, 3)), "norm": norm_of(3)}
+    norms = {"norm": norm_of(3), "last": norm_of(3)}
+    params = {"kernels": example((2, 3, 3, 3, 3)), "kernel": SQUARE, **norms}
     assert left(scanned, params, example()) == "it is inside `scan`"
-    assert report(scanned, params, example()).left[0].path == "norm"
+
+    def f(p, x):
+        return normalized(conv(scanned(p, x), p["kernel"]), p["last"])
+
+    found = report(f, params, example())
+    assert [layer.path for layer in found.layers] == ["norm", "last"]
+    assert found.folded == found.layers[1:]
 
 
 def test_derivatives_inside_are_left():
@@ -376,6 +384,148 @@ def test_derivatives_inside_are_left():
     )(x)
     _, _, found = assert_same(f, AFTER, example())
     assert not found.folded
+    assert "a derivative" in found.left[-1].reason
+    assert found.left[-1].path == "norm"
+
+
+ROWS = example((5, 3))
+DENSE = {"kernel": example((3, 4)), "norm": norm_of(4)}
+NARROW = jnp.float8_e4m3fn
+
+
+def dense(p, x):
+    return normalized(x @ p["kernel"], p["norm"])
+
+
+def test_a_mapped_epsilon_is_left():
+    params = {**DENSE, "epsilon": jnp.array([0.0, 1.0, 3.0, 8.0])}
+    one = lambda p, e, x: normalized(x @ p["kernel"], p["norm"], epsilon=e)
+    f = lambda p, x: jax.vmap(one, (None, 0, 0))(p, p["epsilon"], x)
+    assert "its epsilon is not a scalar" in left(f, params, example((4, 3, 3)))
+
+
+def test_a_scale_per_example_is_left():
+    f = lambda p, x, label: normalized(
+        x @ p["kernel"], {**p["norm"], "scale": p["table"][label]}
+    )
+    params = {**DENSE, "table": example((6, 4))}
+    why = left(f, params, ROWS, jnp.arange(5))
+    assert why == "its scale is not from `params` but of input"
+    f = lambda p, x: normalized(x @ p["kernel"], {**p["norm"], "scale": p["table"][:5]})
+    assert "its vectors run along different axes" in left(f, params, ROWS)
+    assert report(f, params, ROWS).left[0].path == "norm"
+
+
+def test_parameters_of_the_same_path():
+    def f(p, x):
+        first, second = p["a/b"], p["a"]["b"]
+        if len(x) < 6:
+            return x @ first - x @ second
+        return -(x @ second) + x @ first
+
+    params = {"a/b": example((3, 3)), "a": {"b": example((3, 3), seed=1)}}
+    folded_fn, folded, _ = assert_same(f, params, ROWS)
+    assert set(folded) == {"a/b", "a/b_1"}
+    more = example((7, 3))
+    np.testing.assert_allclose(folded_fn(folded, more), f(params, more), 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [NARROW, jnp.bfloat16])
+def test_a_kernel_that_is_meant_to_be_rounded_stays_so(dtype):
+    def f(p, x):
+        return dense({**p, "kernel": p["kernel"].astype(dtype).astype("float32")}, x)
+
+    assert assert_same(f, DENSE, ROWS)[2].folded
+
+
+@pytest.mark.parametrize("dtype", [NARROW, jnp.int8])
+def test_narrow_and_integer_kernels_are_left(dtype):
+    def f(p, x):
+        y = lax.dot(x.astype(dtype), p["kernel"], preferred_element_type=jnp.float32)
+        return normalized(y, p["norm"])
+
+    tiny = {**DENSE["norm"], "var": jnp.full(4, 1e-7)}
+    params = {"kernel": 9 * example((3, 4)), "norm": tiny}
+    params["kernel"] = params["kernel"].astype(dtype)
+    why = left(f, params, ROWS)
+    assert "has 8 bits" in why if dtype == NARROW else "is not floating" in why
+
+
+def test_activations_that_are_meant_to_be_rounded_are_left():
+    f = lambda p, x: normalized(
+        (x @ p["kernel"]).astype(NARROW).astype("float32"), p["norm"]
+    )
+    assert "the output of `convert_element_type`" in left(f, DENSE, ROWS)
+
+
+def test_closes_over_what_is_traced():
+    def f(t, x):
+        infer = lambda p, x: jnp.sin(p["a"] * t)[None] * x
+        folded_fn, folded = fold(infer, {"a": jnp.ones(3)}, x)
+        return (folded_fn(folded, x) + folded_fn(folded, x[:1])).sum()
+
+    t, x = example((3,)), example((1, 3))
+    g = jax.jit(jax.value_and_grad(f))(t, x)
+    np.testing.assert_allclose(g[0], 2 * (jnp.sin(t) * x[0]).sum(), 1e-5)
+    np.testing.assert_allclose(g[1], 2 * jnp.cos(t) * x[0], 1e-5)
+    each = jax.vmap(f, (0, None))(t[None], x)
+    np.testing.assert_allclose(each[0], g[0], 1e-5)
+
+
+def test_closes_over_a_random_key():
+    key = jax.random.key(3)
+    f = lambda p, x: x * (p["a"] * jax.random.normal(key, (3,)))[None]
+    folded_fn, folded, _ = assert_same(f, {"a": example((3,))}, ROWS)
+    whole = folded_fn(folded, ROWS)
+    np.testing.assert_allclose(folded_fn(folded, ROWS[:2]), whole[:2], 1e-6)
+
+
+SEEDS = {
+    "key": (jax.random.key(1), lambda key: key),
+    "raw key": (jax.random.PRNGKey(1), lambda key: key),
+    "seed": (jnp.int32(4), jax.random.key),
+    "count": (jnp.int32(4), lambda n: jax.random.fold_in(jax.random.key(0), n)),
+}
+
+
+@pytest.mark.parametrize("kind", SEEDS)
+def test_seeds_stay_seeds(kind):
+    seed, key = SEEDS[kind]
+
+    def f(p, x):
+        kept = jax.random.bernoulli(key(p["seed"]), 0.5, (3,))
+        return jnp.where(kept[None], x, 0) * jnp.sin(p["a"])
+
+    _, folded, _ = assert_same(f, {"seed": seed, "a": jnp.ones(())}, ROWS)
+    assert set(folded) == {"seed", "a"}
+    assert folded["seed"].dtype == seed.dtype
+    assert folded["seed"].shape == seed.shape
+
+
+def test_one_example_is_planned_as_several_are():
+    f = lambda p, x: x * jnp.sin(jnp.broadcast_to(p["a"], x.shape))
+    params = {"a": example((3,))}
+    folded_fn, folded, _ = assert_same(f, params, ROWS[:1])
+    np.testing.assert_allclose(folded_fn(folded, ROWS), f(params, ROWS), 1e-5)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Pair:
+    value: jax.Array
+    other: jax.Array
+
+
+def test_paths():
+    params = {"pair": Pair(jnp.ones(3), jnp.ones(3)), "mean": ROWS[0] - 4}
+
+    def f(p, x):
+        y = x * p["pair"].value[None] + p["pair"].other[None]
+        return jaxbn.normalize(y, p["mean"], jnp.abs(p["mean"]))
+
+    _, folded, found = assert_same(f, params, ROWS)
+    assert {"pair/value", "pair/other"} <= set(folded)
+    assert found.layers[0].path == "mean"
 
 
 def test_vmap_moves_the_axes():
@@ -421,6 +571,11 @@ def test_other_folded_parameters_are_refused():
         folded_fn(folded, example((6,)))
     with pytest.raises(ValueError, match="`folded_params` lacks"):
         folded_fn({}, example((5,)))
+    with pytest.raises(TypeError, match="`folded_params` must be a dict, got NoneType"):
+        folded_fn(None, example((5,)))
+    for wrong, got in ((jnp.ones(2), r"shape \(2,\)"), ("b", "no array")):
+        with pytest.raises(ValueError, match=rf"`folded_params\['a'\]`.*{got}"):
+            folded_fn({"a": wrong}, example((5,)))
     for verb in (fold, report):
         with pytest.raises(TypeError, match="`inference_fn` must be a function"):
             verb(AFTER, f, example())

@@ -260,6 +260,10 @@ WRONG = [
     ({"epsilon": -1.0}, ValueError, "`epsilon` must not be negative"),
     ({"dimension_numbers": ("NC", "IO", "NC")}, TypeError, "`dimension_numbers` do"),
     ({"feature_group_count": 3}, ValueError, "`feature_group_count` must divide"),
+    *(
+        ({"feature_group_count": groups}, TypeError, "`feature_group_count` must be an")
+        for groups in (None, "a", 1.5, True)
+    ),
     ({"position": "before"}, ValueError, "`stats.mean` has shape"),
     ({**BEFORE, "padding": None}, ValueError, "`padding` must be given"),
     ({**BEFORE, "padding": "SOME"}, ValueError, "`padding` must be"),

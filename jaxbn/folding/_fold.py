@@ -1,11 +1,11 @@
 """`fold`: a program without those normalizations that its layers can take up."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
 
-from jaxbn.folding._plan import Plan, plan
+from jaxbn.folding._plan import Plan, distinct, plan
 
 
 def fold(
@@ -23,7 +23,10 @@ def fold(
     depends on `params` alone is computed here, once, before any cast to a narrower
     dtype. What cannot be folded is left as it is; `report` tells which and why.
 
-    `x·W' + b'` loses digits where |mean| is far above √var, which `normalize` does not.
+    `x·W' + b'` loses digits where |mean| is far above √var, which `normalize` does not;
+    a kernel in float16 may overflow where a·W is above 65504. What `jax.checkpoint`
+    wraps (as `nn.remat`) is taken out of it, so that a derivative of the folded
+    function keeps more in memory.
 
     Args:
       inference_fn: Function `(params, *inputs)` that infers: of a linen module
@@ -41,9 +44,10 @@ def fold(
       of other shapes are traced when they come.
 
     Raises:
-      TypeError: `inference_fn` is not callable.
-      ValueError: Later, from `folded_fn`: parameters are missing, or for inputs of
-        these shapes others are needed than those that were folded.
+      TypeError: `inference_fn` is not callable; later, from `folded_fn`: its parameters
+        are no dict.
+      ValueError: Later, from `folded_fn`: parameters are missing or of another shape or
+        dtype, or for inputs of these shapes others are needed than were folded.
 
     Example:
       >>> import jaxbn, jax.numpy as jnp
@@ -74,18 +78,17 @@ def fold(
         return trace(inference_fn, abstract, inputs)
 
     first, tree = planned(example_inputs)
-    signature = first.signature(jax.tree.leaves(abstract))
+    leaves = jax.tree.leaves(abstract)
     plans[_kinds(example_inputs)] = jax.jit(first.run), tree
 
     def folded_fn(folded_params: dict[str, jax.Array], *inputs: Any) -> Any:
         kinds = _kinds(inputs)
         if kinds not in plans:
             other, tree = planned(inputs)
-            _require_same(signature, other.signature(jax.tree.leaves(abstract)))
+            _require_same(first.signature(leaves), other.signature(leaves))
             plans[kinds] = jax.jit(other.run), tree
         run, tree = plans[kinds]
-        _require_names(folded_params, first)
-        needed = {name: folded_params[name] for name in first.names}
+        needed = _needed(folded_params, first)
         return jax.tree.unflatten(tree, run(needed, jax.tree.leaves(inputs)))
 
     return folded_fn, first.parameters(jax.tree.leaves(params))
@@ -109,14 +112,24 @@ def trace(inference_fn: Callable, params: Any, inputs: tuple) -> tuple[Plan, Any
 
 
 def paths_of(params: Any) -> list[str]:
-    """The path of each leaf: its keys joined by "/"."""
-    paths = []
-    for keys, _ in jax.tree_util.tree_flatten_with_path(params)[0]:
-        # A variable of nnx is a node of its own, of one leaf.
-        if keys and keys[-1] == jax.tree_util.GetAttrKey("value"):
-            keys = keys[:-1]
-        paths.append(jax.tree_util.keystr(keys, simple=True, separator="/"))
-    return paths
+    """The path of each leaf: its keys joined by "/", and a number if they repeat."""
+    flat = jax.tree_util.tree_flatten_with_path
+    paths: dict[str, None] = {}
+    for keys, node in flat(params, is_leaf=_is_variable)[0]:
+        for inner, _ in flat(node)[0]:
+            # A variable of nnx is a node of its own, around its value.
+            whole = (*keys, *inner[_is_variable(node) :])
+            path = jax.tree_util.keystr(whole, simple=True, separator="/")
+            paths[distinct(path, paths)] = None
+    return list(paths)
+
+
+def _is_variable(node: Any) -> bool:
+    """Whether it is a variable of nnx, told without importing Flax."""
+    return any(
+        kind.__module__.startswith("flax.nnx") and kind.__name__.startswith("Variable")
+        for kind in type(node).__mro__
+    )
 
 
 def _kinds(inputs: tuple) -> Hashable:
@@ -134,10 +147,34 @@ def _require_same(first: tuple, other: tuple) -> None:
         )
 
 
-def _require_names(folded_params: Any, plan: Plan) -> None:
+def _needed(folded_params: Any, plan: Plan) -> dict[str, Any]:
+    """Those that the program takes, all of them as it takes them."""
+    hint = "Pass the dict that `fold` returned with this function, or one alike."
+    if not isinstance(folded_params, Mapping):
+        raise TypeError(
+            f"`folded_params` must be a dict, got {type(folded_params).__name__}. "
+            f"{hint}"
+        )
     missing = sorted(set(plan.names) - set(folded_params))
     if missing:
-        raise ValueError(
-            f"`folded_params` lacks {missing}. Pass the dict that `fold` returned with "
-            "this function, or one with the same keys."
-        )
+        raise ValueError(f"`folded_params` lacks {missing}. {hint}")
+    needed = {name: folded_params[name] for name in plan.names}
+    for name, value in plan.names.items():
+        found, wanted = _kind(needed[name]), (value.shape, str(value.dtype))
+        if found != wanted:
+            got = "no array" if found is None else f"shape {found[0]}, dtype {found[1]}"
+            raise ValueError(
+                f"`folded_params[{name!r}]` must have shape {wanted[0]} and dtype "
+                f"{wanted[1]}, got {got}. {hint} For another dtype, fold a function "
+                "that casts."
+            )
+    return needed
+
+
+def _kind(value: Any) -> tuple[tuple[int, ...], str] | None:
+    """The shape and dtype of an array, or None if it is none."""
+    try:
+        aval: Any = jax.typeof(value)
+    except TypeError:
+        return None
+    return aval.shape, str(aval.dtype)

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
@@ -139,7 +140,7 @@ def fold_conv(
 
     Raises:
       TypeError: An argument is not floating or complex, or is complex where `kernel` is
-        not.
+        not, or `feature_group_count` is not an integer.
       ValueError: A shape does not fit the kernel, `position` is another word, or the
         batch norm is before a convolution that puts zeros around or between its inputs.
 
@@ -289,6 +290,11 @@ def _channels(kernel: jax.Array, numbers: Any, swapped: bool) -> tuple[int, int]
 
 
 def _require_groups(groups: int, outputs: int) -> None:
+    if not isinstance(groups, int | np.integer) or isinstance(groups, bool):
+        raise TypeError(
+            f"`feature_group_count` must be an integer, got {groups!r}. Pass that of "
+            "the convolution, by default 1."
+        )
     if groups < 1 or outputs % groups:
         raise ValueError(
             f"`feature_group_count` must divide the number of outputs of `kernel`, "

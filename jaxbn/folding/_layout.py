@@ -14,11 +14,20 @@ Axes = tuple[int, ...]
 
 
 def is_cast(op: Op) -> bool:
-    """Whether it casts between floating dtypes."""
+    """Whether it casts between floating dtypes, of 16 bits at least.
+
+    What is cast to fewer is meant to be rounded.
+    """
     return op.name == "convert_element_type" and all(
-        jnp.issubdtype(value.dtype, jnp.floating)
+        jnp.issubdtype(value.dtype, jnp.floating) and jnp.finfo(value.dtype).bits >= 16
         for value in (op.inputs[0], op.outputs[0])
     )
+
+
+def rounds(op: Op) -> bool:
+    """Whether a cast may change values."""
+    old, new = (jnp.finfo(v.dtype) for v in (op.inputs[0], op.outputs[0]))
+    return new.nmant < old.nmant or new.maxexp < old.maxexp
 
 
 def is_layout(op: Op) -> bool:

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from jaxbn.folding import _layout, _program
-from jaxbn.folding._program import Op, Value
+from jaxbn.folding._program import INPUTS, PARAMS, Op, Value
 
 # What two operands make together. `vmap` may have moved their axes, a derivative may
 # have changed the function under the same name: what is not in here is not folded.
@@ -16,6 +16,10 @@ STEPS = {
     ("add", "y", "bias"): "y",
 }
 OF_X = ("x", "centred", "y")
+Role = tuple[str, tuple[int, ...] | None]  # A name, and the axes of the features.
+
+CHANGED = "a derivative or another transformation changed it"
+DIFFERENT = "its vectors run along different axes, as one per example does"
 
 
 class Normalization(NamedTuple):
@@ -39,17 +43,15 @@ class Normalization(NamedTuple):
         return [self.mean, self.var, self.scale, self.bias]
 
 
-def read(op: Op) -> Normalization | None:
-    """The normalization that a marker is, or None: of a derivative, for example."""
-    words = op.params["name"].split("_")
-    optional = [name for name in ("scale", "bias") if name in words]
-    names = ["x", "mean", "var", *optional, "epsilon"]
-    if len(op.inputs) != len(names) or len(op.outputs) != 1:
-        return None
-    axes = _feature_axes(op, names)
-    if axes is None:
-        return None
-    given = dict(zip(names, op.inputs, strict=True))
+def read(op: Op) -> Normalization | str:
+    """The normalization that a marker is, or why it is none on data by parameters."""
+    given = operands(op)
+    role = _role(op, list(given))
+    if role is None:
+        return CHANGED
+    why = _why_unknown(given)
+    if why or role[1] is None:
+        return why or DIFFERENT
     return Normalization(
         op,
         given["x"],
@@ -58,39 +60,74 @@ def read(op: Op) -> Normalization | None:
         given.get("scale"),
         given.get("bias"),
         given["epsilon"],
-        axes,
+        role[1],
     )
 
 
-def _feature_axes(op: Op, names: list[str]) -> tuple[int, ...] | None:
-    """The axes that all vectors run along, if the function is `normalize`'s."""
+def operands(op: Op) -> dict[str, Value]:
+    """What a marker is given, by name; nothing where it is not called as it was."""
+    words = op.params["name"].split("_")
+    optional = [name for name in ("scale", "bias") if name in words]
+    names = ["x", "mean", "var", *optional, "epsilon"]
+    same = len(op.inputs) == len(names) and len(op.outputs) == 1
+    return dict(zip(names, op.inputs, strict=True)) if same else {}
+
+
+def _why_unknown(given: dict[str, Value]) -> str | None:
+    """Why a normalization is not of parameters on data, or None."""
+    for name, word in (("mean", "mean"), ("var", "variance")):
+        if given[name].of != PARAMS:
+            kind = "input" if given[name].of == INPUTS else "constants"
+            return f"its {word} is not from `params` but of {kind}"
+    for name in ("scale", "bias", "epsilon"):
+        if name in given and given[name].of == INPUTS:
+            return f"its {name} is not from `params` but of input"
+    if given["epsilon"].shape:
+        return "its epsilon is not a scalar"
+    if given["x"].of != INPUTS:
+        return "what it normalizes does not depend on the input"
+    return None
+
+
+def _role(op: Op, names: list[str]) -> Role | None:
+    """The role of what it gives, if its function is that of `normalize`."""
+    if not names:
+        return None
     inner = _program.inner_program(op)
-    roles = {
+    roles: dict[Value, Role] = {
         value: (name, tuple(range(len(value.shape))))
         for name, value in zip(names, inner.params, strict=True)
     }
     for step in inner.ops:
-        given = [roles.get(value) for value in step.inputs]
-        found = _step(step, given)
+        found = _step(step, [roles.get(value) for value in step.inputs])
         if found is None:
             return None
         roles[step.outputs[0]] = found
-    name, axes = roles.get(inner.outputs[0], ("", ()))
+    role = roles.get(inner.outputs[0], ("", None))
     same = inner.outputs[0].shape == op.inputs[0].shape
-    return axes if name == "y" and same and len(inner.outputs) == 1 else None
+    return role if role[0] == "y" and same and len(inner.outputs) == 1 else None
 
 
-def _step(step: Op, given: list) -> tuple[str, tuple[int, ...]] | None:
+def _step(step: Op, given: list) -> Role | None:
+    """The role of what a step gives; without axes where its vectors' differ."""
     if None in given:
         return None
     if step.name == "convert_element_type":
         return given[0]
     if _layout.is_layout(step):
-        name, axes = given[0]
-        moved = _layout.forward(step, axes)
-        # Of x, only the whole array in its own place will do.
-        stays = moved == axes and not _layout.grows(step)
-        return None if moved is None or (name in OF_X and not stays) else (name, moved)
+        return _moved(step, *given[0])
     result = STEPS.get((step.name, *(name for name, _ in given)))
     vectors = {axes for name, axes in given if name not in ("x", "epsilon")}
-    return (result, vectors.pop()) if result and len(vectors) == 1 else None
+    if result is None or not vectors:
+        return None
+    return result, vectors.pop() if len(vectors) == 1 else None
+
+
+def _moved(step: Op, name: str, axes: tuple[int, ...] | None) -> Role | None:
+    # An epsilon with axes is refused anyway.
+    if axes is None or name == "epsilon":
+        return name, axes
+    moved = _layout.forward(step, axes)
+    # Of x, only the whole array in its own place will do.
+    stays = moved == axes and not _layout.grows(step)
+    return None if moved is None or (name in OF_X and not stays) else (name, moved)

@@ -49,26 +49,13 @@ def match(norm: Normalization, program: Program, position: str) -> Match:
     users = program.users()
     found = _after(norm, users) if position == "after" else _before(norm, users)
     _require_own_kernel(found.product, users)
+    _require_range(found.product.kernel.dtype)
     vectors = [*norm.vectors, *(bias.value for bias in found.biases)]
     if not jnp.issubdtype(found.product.kernel.dtype, jnp.complexfloating) and any(
         v is not None and jnp.issubdtype(v.dtype, jnp.complexfloating) for v in vectors
     ):
         raise No("it is complex and the kernel is real")
     return found
-
-
-def require_known(norm: Normalization) -> None:
-    """Raises `No` where the normalization is not of parameters on data."""
-    for name, value in (("mean", norm.mean), ("variance", norm.var)):
-        if value.of != PARAMS:
-            kind = "input" if value.of == INPUTS else "constants"
-            raise No(f"its {name} is not from `params` but of {kind}")
-    for name in ("scale", "bias", "epsilon"):
-        value = getattr(norm, name)
-        if value is not None and value.of == INPUTS:
-            raise No(f"its {name} is not from `params` but of input")
-    if norm.x.of != INPUTS:
-        raise No("what it normalizes does not depend on the input")
 
 
 def _after(norm: Normalization, users: dict) -> Match:
@@ -164,6 +151,15 @@ def _require_own_kernel(found: Product, users: dict) -> None:
         if op is None or not (_layout.is_cast(op) or _layout.is_layout(op)):
             return
         value = op.inputs[0]
+
+
+def _require_range(dtype) -> None:
+    """Raises `No` where a kernel times a factor may not be one of its dtype."""
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise No("the kernel is not floating")
+    bits = jnp.finfo(dtype).bits
+    if bits < 16:
+        raise No(f"the kernel has {bits} bits")
 
 
 def _required(axes: tuple[int, ...] | None) -> tuple[int, ...]:

@@ -1,12 +1,15 @@
 """What of a program is done once, on parameters, and what is done for every input."""
 
 import dataclasses
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxbn.folding import _layout, _program, _rewrite
 from jaxbn.folding._program import PARAMS, Op, Program, Value
@@ -17,9 +20,14 @@ PARTS = ("slice", "dynamic_slice", "gather")
 
 @dataclasses.dataclass(eq=False)
 class Plan:
-    """A folded program. `names` are its parameters, `stay` what is not done once."""
+    """A folded program.
+
+    `names` are its parameters, `ops` what is done for every input, and `order` are the
+    operations as they were traced.
+    """
 
     program: Program
+    order: list[Op]
     results: _rewrite.Results
     paths: dict[Value, str]
     ops: list[Op]
@@ -54,12 +62,22 @@ class Plan:
         text = re.sub(
             "0x[0-9a-f]+", "", str(closed.jaxpr)
         )  # No addresses of functions.
-        return kinds, kept, text, [np.asarray(c).tobytes() for c in closed.consts]
+        return kinds, kept, text, [_comparable(c) for c in closed.consts]
+
+
+def _comparable(constant: Any) -> Any:
+    """Equal for equal constants; a traced one is equal to itself only."""
+    if isinstance(constant, Tracer):
+        return id(constant)
+    if jnp.issubdtype(constant.dtype, jax.dtypes.prng_key):
+        constant = jax.random.key_data(constant)
+    return np.asarray(constant).tobytes()
 
 
 def plan(closed: Any, paths: Sequence[str]) -> Plan:
     """Folds a traced function whose first inputs are parameters at `paths`."""
     program = _program.program_of(closed, len(paths))
+    order = list(program.ops)
     results = _rewrite.fold_all(program)
     late = _late(program)
 
@@ -77,23 +95,37 @@ def plan(closed: Any, paths: Sequence[str]) -> Plan:
     used = [v for op in ops for v in op.inputs] + program.outputs
     boundary = dict.fromkeys(v for v in used if once(v))
     own = dict(zip(program.params, paths, strict=True))
-    return Plan(program, results, own, ops, _names(list(boundary), own))
+    return Plan(program, order, results, own, ops, _names(list(boundary), own))
 
 
 def _late(program: Program) -> set[Value]:
     """Values of parameters that are made for every input.
 
-    Broadcasts, which may be as large as the input, parts, and what is made of them.
+    Broadcasts, which may be as large as the input (be it of one example), parts, random
+    numbers, whose keys are to stay keys, and what is made of them.
     """
     late: set[Value] = set()
     for op in program.ops:
         of_params = bool(op.outputs) and op.outputs[0].of == PARAMS
         if not of_params or op.name == _rewrite.KERNEL_AND_BIAS:
             continue
-        large = _layout.is_layout(op) and _layout.grows(op)
-        if large or op.name in PARTS or any(v in late for v in op.inputs):
+        same = op.inputs[0].shape == op.outputs[0].shape
+        large = op.name == "broadcast_in_dim" and not same
+        drawn = _program.is_random(op)
+        if drawn:
+            late.update(_seeds(op))
+        if large or drawn or op.name in PARTS or any(v in late for v in op.inputs):
             late.update(op.outputs)
     return late
+
+
+def _seeds(op: Op) -> Iterator[Value]:
+    """The keys and integers made of parameters that an operation is given."""
+    for value in op.inputs:
+        whole = not jnp.issubdtype(value.dtype, jnp.inexact)
+        if whole and value.of == PARAMS and value.op is not None:
+            yield value
+            yield from _seeds(value.op)
 
 
 def root(value: Value) -> Value | None:
@@ -121,16 +153,19 @@ def path_of(value: Value, paths: dict[Value, str]) -> str:
     return path
 
 
+def distinct(name: str, others: Container[str]) -> str:
+    """`name`, with a number where it is among the others."""
+    if name not in others:
+        return name
+    numbers = (f"{name}_{count}" for count in itertools.count(1))
+    return next(other for other in numbers if other not in others)
+
+
 def _names(values: list[Value], paths: dict[Value, str]) -> dict[str, Value]:
     """A name of its own for each value, in the order of the parameters they are of."""
     order: dict[Any, int] = {value: index for index, value in enumerate(paths)}
     names: dict[str, Value] = {}
     # Parameters keep their paths, so they come first.
     for value in sorted(values, key=lambda v: v.op is not None):
-        path = name = path_of(value, paths)
-        count = 0
-        while name in names:
-            count += 1
-            name = f"{path}_{count}"
-        names[name] = value
+        names[distinct(path_of(value, paths), names)] = value
     return dict(sorted(names.items(), key=lambda item: order.get(root(item[1]), -1)))

@@ -191,6 +191,19 @@ def _markers(jaxpr: Any, names: dict) -> Iterator[Value | None]:
             yield from _markers(inner, dict(pairs))
 
 
+def is_random(op: Op) -> bool:
+    """Whether it makes random numbers, or keys of them, perhaps in a loop."""
+    return _is_random(op.name, op.params)
+
+
+def _is_random(name: str, params: dict) -> bool:
+    return name.startswith(("random_", "threefry", "rng_")) or any(
+        _is_random(eqn.primitive.name, eqn.params)
+        for jaxpr in core.jaxprs_in_params(params)
+        for eqn in jaxpr.eqns
+    )
+
+
 def _inline(
     jaxpr: Any, constants: Sequence[Any], arguments: Sequence[Value], ops: list[Op]
 ) -> list[Value]:

@@ -105,20 +105,23 @@ def report(
     """
     abstract = shapes_of(inference_fn, params)
     plan, _ = trace(inference_fn, abstract, example_inputs)
-    layers = [_layer(op, found, plan.paths) for op, found in plan.results.items()]
-    for op in plan.program.ops:
-        if op not in plan.results:
-            reason = f"it is inside `{op.name}`"
-            layers += [
-                FoldedLayer(_prefix(mean, plan.paths), None, None, reason)
-                for mean in _program.markers_inside(op)
-            ]
+    layers = []
+    for op in plan.order:
+        if op in plan.results:
+            layers.append(_layer(op, plan.results[op], plan.paths))
+            continue
+        reason = f"it is inside `{op.name}`"
+        layers += [
+            FoldedLayer(_prefix(mean, plan.paths), None, None, reason)
+            for mean in _program.markers_inside(op)
+        ]
     return FoldReport(tuple(layers))
 
 
 def _layer(op: _program.Op, found: Match | str, paths: dict) -> FoldedLayer:
-    norm = _markers.read(op)
-    path = _prefix(None if norm is None else norm.mean, paths)
+    # A derivative is given the same vectors, or what is made of them, in other places.
+    any_vector = next((v for v in op.inputs if v.of == _program.PARAMS), None)
+    path = _prefix(_markers.operands(op).get("mean", any_vector), paths)
     if isinstance(found, str):
         return FoldedLayer(path, None, None, found)
     into = _plan.path_of(found.product.kernel, paths)
@@ -126,6 +129,8 @@ def _layer(op: _program.Op, found: Match | str, paths: dict) -> FoldedLayer:
 
 
 def _prefix(mean: _program.Value | None, paths: dict) -> str:
-    """The path of the statistics, without the name of the mean."""
+    """The path of the statistics, without the name of the mean unless that is all."""
     own = None if mean is None else _plan.root(mean)
-    return "(not from `params`)" if own is None else paths[own].rpartition("/")[0]
+    if own is None:
+        return "(not from `params`)"
+    return paths[own].rpartition("/")[0] or paths[own]

@@ -11,7 +11,7 @@ from jax import lax
 from jaxbn import _dtypes
 from jaxbn.folding import _arithmetic, _layout, _markers
 from jaxbn.folding._markers import Normalization
-from jaxbn.folding._match import ADDED, Match, No, Vector, match, require_known
+from jaxbn.folding._match import ADDED, Match, No, Vector, match
 from jaxbn.folding._program import Op, Program, Value, again, derived, is_marker, make
 
 KERNEL_AND_BIAS = "kernel and bias"
@@ -33,29 +33,16 @@ def fold_all(program: Program) -> Results:
         results[op] = _fold(program, op, "after")
     for op in markers:
         first = results[op]
-        if isinstance(first, str) and _foldable(op) is None:
+        if isinstance(first, str) and not isinstance(_markers.read(op), str):
             second = _fold(program, op, "before")
             results[op] = f"{first}; {second}" if isinstance(second, str) else second
     return results
 
 
-def _foldable(op: Op) -> str | None:
-    """Why a marker cannot be folded whatever is beside it, or None."""
-    norm = _markers.read(op)
-    if norm is None:
-        return "a derivative or another transformation changed it"
-    try:
-        require_known(norm)
-    except No as no:
-        return str(no)
-    return None
-
-
 def _fold(program: Program, op: Op, position: str) -> Match | str:
-    why = _foldable(op)
     norm = _markers.read(op)
-    if why or norm is None:
-        return why or ""
+    if isinstance(norm, str):
+        return norm
     try:
         found = match(norm, program, position)
     except No as no:
@@ -127,13 +114,20 @@ def _sum(arrays: Sequence[jax.Array], vectors: Sequence[Vector]):
     return total
 
 
-def _widened(value: Value) -> Value:
-    """The value before it was cast, laid out as it is."""
+def _widened(value: Value, exact: bool = False) -> Value:
+    """The value before it was cast, laid out as it is.
+
+    But not before it was rounded and then cast to a wider dtype, `exact`ly: that is
+    meant to be rounded.
+    """
     op = value.op
     if op is None or not (_layout.is_cast(op) or _layout.is_layout(op)):
         return value
-    inner = _widened(op.inputs[0])
-    if _layout.is_cast(op) or op.name in _layout.VARYING:
+    if _layout.is_cast(op):
+        rounds = _layout.rounds(op)
+        return value if exact and rounds else _widened(op.inputs[0], not rounds)
+    inner = _widened(op.inputs[0], exact)
+    if op.name in _layout.VARYING:
         return inner
     return value if inner is op.inputs[0] else again(op, inner).outputs[0]
 
