@@ -149,7 +149,7 @@ def merge_moments(
         weights = jnp.expand_dims(count, features)
     elif count.shape == mean.shape:
         weights = count
-    elif len(stacked) <= count.ndim == len(stacked) + _shared(count, mean, stacked):
+    elif _leads(count, mean, stacked):
         weights = jnp.expand_dims(count, tuple(range(count.ndim, mean.ndim)))
     else:
         raise ValueError(
@@ -166,11 +166,10 @@ def merge_moments(
     return pooled._replace(count=jnp.max(whole, same, initial=0))
 
 
-def _shared(count: jax.Array, mean: jax.Array, stacked: tuple[int, ...]) -> int:
-    """How many axes of features a count has, if all its axes are the mean's first."""
-    first = stacked == tuple(range(len(stacked)))
-    alike = count.shape == mean.shape[: count.ndim]
-    return count.ndim - len(stacked) if first and alike else 0
+def _leads(count: jax.Array, mean: jax.Array, stacked: tuple[int, ...]) -> bool:
+    """Whether a count has the mean's first axes, the stacked ones before all others."""
+    first = stacked == tuple(range(len(stacked))) and count.ndim >= len(stacked)
+    return first and count.shape == mean.shape[: count.ndim]
 
 
 def _pooled(

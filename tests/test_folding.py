@@ -31,13 +31,25 @@ def bias_of(shape, given, seed=20):
     return numbers(shape, "float64", seed) if given else None
 
 
+def assert_same(folded, truth, *arrays):
+    """Each as one program: op by op, compiling would take most of the time."""
+    assert_equal(jax.jit(folded)(*arrays), jax.jit(truth)(*arrays))
+
+
 def assert_equal(actual, desired):
     size = np.abs(desired).max()
     assert_close(actual / size, desired / size, 0, 1e-10)
 
 
-@pytest.mark.parametrize("given", [(1, 1, 1), (0, 1, 0), (1, 0, 1), (0, 0, 0)])
-@pytest.mark.parametrize(("into", "out"), [((3,), (5,)), ((2, 3), (4, 5))])
+@pytest.mark.parametrize(
+    ("given", "into", "out"),
+    [
+        ((1, 1, 1), (2, 3), (4, 5)),
+        ((0, 1, 0), (3,), (5,)),
+        ((1, 0, 1), (2, 3), (5,)),
+        ((0, 0, 0), (3,), (4, 5)),
+    ],
+)
 def test_dense(x64, into, out, given):
     scale, bn_bias, with_bias = given
     kernel = numbers((*into, *out), "float64")
@@ -50,12 +62,22 @@ def test_dense(x64, into, out, given):
         y = jnp.tensordot(x, kernel, len(into))
         return y if bias is None else y + bias[None]
 
-    n = norm(out, scale=scale, bias=bn_bias)
-    folded = fold_dense(kernel, bias, *n, epsilon=EPSILON)
-    assert_equal(dense(x, *folded), applied(dense(x, kernel, bias), n, axes_out))
-    n = norm(into, scale=scale, bias=bn_bias)
-    folded = fold_dense(kernel, bias, *n, epsilon=EPSILON, position="before")
-    assert_equal(dense(x, *folded), dense(applied(x, n, axes_in), kernel, bias))
+    def folded(x, n, position):
+        more = {"epsilon": EPSILON, "position": position}
+        return dense(x, *fold_dense(kernel, bias, *n, **more))
+
+    assert_same(
+        lambda x, n: folded(x, n, "after"),
+        lambda x, n: applied(dense(x, kernel, bias), n, axes_out),
+        x,
+        norm(out, scale=scale, bias=bn_bias),
+    )
+    assert_same(
+        lambda x, n: folded(x, n, "before"),
+        lambda x, n: dense(applied(x, n, axes_in), kernel, bias),
+        x,
+        norm(into, scale=scale, bias=bn_bias),
+    )
 
 
 # The kernel (without channels), its layout, and the convolution's other arguments.
@@ -102,27 +124,42 @@ def with_bias(y, bias, axis):
     return y if bias is None else y + bias.reshape(shape)
 
 
-@pytest.mark.parametrize("case", CONVOLUTIONS)
-@pytest.mark.parametrize("padding", ["SAME", "VALID"])
-def test_after_a_convolution(x64, case, padding):
+# Every case once: which padding, and whether there is a bias, goes by turns.
+TURNS = list(enumerate(CONVOLUTIONS))
+
+
+@pytest.mark.parametrize(("turn", "case"), TURNS)
+def test_after_a_convolution(x64, turn, case):
+    padding = ("SAME", "VALID")[turn % 2]
     conv, (x, kernel), (_, axis), options, (_, out) = convolution(case, padding)
-    bias, n = bias_of((out,), padding == "SAME"), norm(out, scale=case != "1d")
-    folded = fold_conv(kernel, bias, *n, epsilon=EPSILON, **options)
-    truth = applied(with_bias(conv(x, kernel), bias, axis), n, axis)
-    assert_equal(with_bias(conv(x, folded[0]), folded[1], axis), truth)
+    bias, n = bias_of((out,), turn % 3), norm(out, scale=case != "1d")
+
+    def folded(x, n):
+        kernel_, bias_ = fold_conv(kernel, bias, *n, epsilon=EPSILON, **options)
+        return with_bias(conv(x, kernel_), bias_, axis)
+
+    def truth(x, n):
+        return applied(with_bias(conv(x, kernel), bias, axis), n, axis)
+
+    assert_same(folded, truth, x, n)
 
 
-@pytest.mark.parametrize("case", CONVOLUTIONS)
-@pytest.mark.parametrize("padding", ["VALID", "pairs"])
-def test_before_a_convolution(x64, case, padding):
+@pytest.mark.parametrize(("turn", "case"), TURNS)
+def test_before_a_convolution(x64, turn, case):
+    padding = ("VALID", "pairs")[turn % 2]
     conv, (x, kernel), (at, axis), options, (into, out) = convolution(case, padding)
-    bias, n = bias_of((out,), padding == "VALID"), norm(into, bias=case != "1d")
+    bias, n = bias_of((out,), turn % 3), norm(into, bias=case != "1d")
     given = "VALID" if padding == "VALID" else [(0, -1)] * (x.ndim - 2)
-    folded = fold_conv(
-        kernel, bias, *n, epsilon=EPSILON, position="before", padding=given, **options
-    )
-    truth = with_bias(conv(applied(x, n, at), kernel), bias, axis)
-    assert_equal(with_bias(conv(x, folded[0]), folded[1], axis), truth)
+    options |= {"epsilon": EPSILON, "position": "before", "padding": given}
+
+    def folded(x, n):
+        kernel_, bias_ = fold_conv(kernel, bias, *n, **options)
+        return with_bias(conv(x, kernel_), bias_, axis)
+
+    def truth(x, n):
+        return with_bias(conv(applied(x, n, at), kernel), bias, axis)
+
+    assert_same(folded, truth, x, n)
 
 
 @pytest.mark.parametrize("swapped", [False, True])
@@ -151,10 +188,13 @@ def test_transposed(x64, swapped, position):
         transposed=True,
         transpose_kernel=swapped,
     )
-    truth = (
-        applied(conv(x, kernel), n, -1) if after else conv(applied(x, n, -1), kernel)
-    )
-    assert_equal(with_bias(conv(x, kernel_), bias, 3), truth)
+
+    def truth(x):
+        if after:
+            return applied(conv(x, kernel), n, -1)
+        return conv(applied(x, n, -1), kernel)
+
+    assert_same(lambda x: with_bias(conv(x, kernel_), bias, 3), truth, x)
 
 
 def test_a_dilated_input_with_groups(x64):
@@ -174,8 +214,11 @@ def test_a_dilated_input_with_groups(x64):
 
     n, more = norm(6), {"epsilon": EPSILON, "transposed": True}
     folded = fold_conv(kernel, None, *n, feature_group_count=2, **more)
-    truth = applied(conv(x, kernel), n, -1)
-    assert_equal(with_bias(conv(x, folded[0]), folded[1], 2), truth)
+    assert_same(
+        lambda x: with_bias(conv(x, folded[0]), folded[1], 2),
+        lambda x: applied(conv(x, kernel), n, -1),
+        x,
+    )
 
 
 @pytest.mark.parametrize("mode", ["CIRCULAR", "REFLECT"])
@@ -192,8 +235,11 @@ def test_before_a_padding_of_the_inputs_own_values(x64, mode):
     folded = fold_conv(
         kernel, None, *n, epsilon=EPSILON, position="before", padding=mode
     )
-    truth = conv(applied(x, n, -1), kernel)
-    assert_equal(with_bias(conv(x, folded[0]), folded[1], 2), truth)
+    assert_same(
+        lambda x: with_bias(conv(x, folded[0]), folded[1], 2),
+        lambda x: conv(applied(x, n, -1), kernel),
+        x,
+    )
 
 
 @pytest.mark.parametrize("padding", ["SAME", "CAUSAL", 0, [0, (0, 0)], [-1, 0]])
