@@ -106,7 +106,7 @@ def normalized(x, norm, **given):
     return jaxbn.normalize(x, **norm, **given)
 
 
-@pytest.mark.parametrize("wrap", ["", "remat", "jit"])
+@pytest.mark.parametrize("wrap", ["remat", "jit"])
 def test_a_residual_network_of_linen(x64, wrap):
     f, variables, x = of_module(Net(wrap=wrap), dtype="float64")
     folded_fn, folded, found = assert_same(f, variables, x, tolerance=1e-10)
@@ -135,7 +135,7 @@ class NnxNet(nnx.Module):
 
 
 def test_a_residual_network_of_nnx():
-    model = NnxNet(nnx.Rngs(0))
+    model = nnx.eval_shape(lambda: NnxNet(nnx.Rngs(0)))
     model.eval()
     graph, state = nnx.split(model)
     f = lambda state, x: nnx.merge(graph, state)(x)
