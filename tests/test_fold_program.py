@@ -152,6 +152,7 @@ def test_a_residual_network_of_nnx():
 
 def test_transformations_and_other_shapes():
     f, variables, x = of_module(Net())
+    f = jax.jit(f)
     folded_fn, folded = fold(f, variables, x)
     loss = lambda g: lambda params, x: (g(params, x) ** 2).sum()
     mine, theirs = (
@@ -163,7 +164,7 @@ def test_transformations_and_other_shapes():
     head = mine[0]["params/Dense_0/kernel"]
     np.testing.assert_allclose(head, theirs[0]["params"]["Dense_0"]["kernel"], 1e-4)
 
-    each = jax.vmap(folded_fn, (None, 0))(folded, x[:, None])
+    each = jax.jit(jax.vmap(folded_fn, (None, 0)))(folded, x[:, None])
     np.testing.assert_allclose(each[:, 0], f(variables, x), 1e-4, 1e-5)
     for shape in ((3, 6, 6, 3), (2, 9, 7, 3)):
         other = example(shape)
