@@ -121,7 +121,7 @@ def accuracy(net: Network, variables: Variables, x, y) -> jax.Array:
 
 def adabn(net: Network, variables: Variables, batches) -> Variables:
     """Variables with the statistics of a whole domain, unlabelled."""
-    moments = collect(moments_fn(net, variables, training=True), batches)
+    moments = collect(moments_fn(net, variables, training=True), list(batches))
     return load_stats(variables, adapt(running_stats(variables), moments))
 
 
@@ -172,5 +172,5 @@ def accuracies(
 
 def drift_from_training(net: Network, variables: Variables, batches):
     """How far the inputs of each layer moved, as the network is used: at inference."""
-    moments = collect(moments_fn(net, variables, training=False), batches)
+    moments = collect(moments_fn(net, variables, training=False), list(batches))
     return drift(running_stats(variables), moments)
