@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 # Shape and feature axes: the usual ones, channels first, several, none, length 1.
 LAYOUTS = {
@@ -71,6 +72,12 @@ def tolerance(dtype):
         "float64": 1e-13,
         "complex128": 2e-13,
     }[name]
+
+
+def half_slow(cases):
+    """Cases for `parametrize`, as lists; every second one only where there is time."""
+    slow = pytest.mark.slow
+    return [pytest.param(*case, marks=[slow] * (i % 2)) for i, case in enumerate(cases)]
 
 
 def wide(array):

@@ -98,16 +98,17 @@ class Linen:
     def __init__(self, name, **options):
         cls, _, own, _ = NORMS[name]
         options = {"momentum": 0.9, **own, **options}
-        self.module = getattr(jaxbn.linen, cls)(**options)
+        self.module = getattr(jaxbn.linen, cls)(False, **options)
         more = given(name, slice(None))
-        self.variables = self.module.init(jax.random.key(0), X, True, **more)
+        self.variables = self.module.init(jax.random.key(0), X, **more)
+        mutable = [c for c in BOTH if c in self.variables]
+        self.train = jax.jit(partial(self.module.apply, mutable=mutable))
 
     def __call__(self, x, training=True, **more):
-        apply = partial(self.module.apply, self.variables, x, not training)
         if not training:
-            return apply(**more)
-        mutable = [c for c in BOTH if c in self.variables]
-        y, new = apply(mutable=mutable, **more)
+            inference = self.module.clone(use_running_average=True)
+            return inference.apply(self.variables, x, **more)
+        y, new = self.train(self.variables, x, **more)
         same = jax.tree.map(lambda a: (a.shape, a.dtype), self.variables)
         self.variables = {**self.variables, **new}
         assert jax.tree.map(lambda a: (a.shape, a.dtype), self.variables) == same

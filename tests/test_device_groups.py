@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from allpairspy import AllPairs
-from data import assert_close, numbers
+from data import assert_close, half_slow, numbers
 from jax import lax
 from jax.sharding import PartitionSpec as P
 from spread import FORMS, arguments, close, derivatives, in_parts, mesh_of, terms
@@ -85,7 +85,7 @@ def truth(form, shift, groups):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("context", "form", "groups", "shift"),
-    list(AllPairs([list(CONTEXTS), FORMS, (EQUAL, UNEQUAL), (None, 0.7)])),
+    half_slow(AllPairs([list(CONTEXTS), FORMS, (EQUAL, UNEQUAL), (None, 0.7)])),
 )
 def test_groups_of_devices(context, form, groups, shift):
     f = functools.partial(

@@ -43,6 +43,7 @@ def sha256(printed):
     return re.search(r"sha256 (\w+)", printed)[1]  # type: ignore
 
 
+@pytest.mark.slow
 def test_the_digits_demo_resumes_bit_for_bit(digits, tmp_path, capsys):
     at_once = digits("--steps", 7)
     assert (tmp_path / "digits.png").stat().st_size > 10_000

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from allpairspy import AllPairs
-from data import assert_close, numbers, tolerance, wide
+from data import assert_close, half_slow, numbers, tolerance, wide
 from flax import nnx
 
 import jaxbn
@@ -69,11 +69,15 @@ def assert_equal(got, expected):
     assert_same(got, expected, "float32")
 
 
+def name_of(row):
+    return "-".join(map(str, row.values()))
+
+
 def loss(y):
     return jnp.sum(jnp.sin(y.astype(jnp.float32)))
 
 
-@pytest.mark.parametrize("row", LINEN, ids=lambda row: "-".join(map(str, row.values())))
+@pytest.mark.parametrize("row", half_slow([row] for row in LINEN), ids=name_of)
 def test_linen(row):
     x, mask, options = case(row)
     options["scale_init"] = options["bias_init"] = nn.initializers.normal(1.0)
@@ -115,7 +119,7 @@ def test_linen(row):
     assert_same(y, y_flax, y.dtype)
 
 
-@pytest.mark.parametrize("row", NNX, ids=lambda row: "-".join(map(str, row.values())))
+@pytest.mark.parametrize("row", half_slow([row] for row in NNX), ids=name_of)
 def test_nnx(row):
     x, mask, options = case(row)
     options["scale_init"] = options["bias_init"] = nn.initializers.normal(1.0)

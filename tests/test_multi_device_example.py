@@ -46,7 +46,7 @@ def close(a, b):
     ("api", "sync"),
     [
         ("linen", "global"),
-        ("nnx", "group:2"),
+        pytest.param("nnx", "group:2", marks=pytest.mark.slow),
         pytest.param("linen", "group:2", marks=pytest.mark.slow),
         pytest.param("linen", "none", marks=pytest.mark.slow),
     ],

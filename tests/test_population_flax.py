@@ -1,6 +1,7 @@
 """What modules record, and the statistics of whole models."""
 
 from functools import partial
+from itertools import product
 
 import flax.linen as nn
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
-from data import assert_close, numbers, squeeze
+from data import assert_close, half_slow, numbers, squeeze
 from flax import nnx
 from flax.core import freeze
 from jax.sharding import PartitionSpec as P
@@ -125,8 +126,9 @@ def test_measured_moments_are_exact_far_from_the_running_mean():
 
 
 @every
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("kind", ["linen", "nnx"])
+@pytest.mark.parametrize(
+    ("kind", "training"), half_slow(product(["linen", "nnx"], [True, False]))
+)
 def test_every_module_measures_its_input(kind, training, name):
     cls, _, own, given = FAMILY[name]
     x = numbers((8, 5, 3), "float32", mean=3.0)

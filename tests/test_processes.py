@@ -79,6 +79,7 @@ def test_two_processes_train_as_one(start, tmp_path):
     assert_same(out, alone(start, tmp_path, devices=1))
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_other_and_training_resumes(start, tmp_path):
     checkpoints = tmp_path / "checkpoints"
     out = tmp_path / "pair.npz"

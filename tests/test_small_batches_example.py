@@ -33,6 +33,7 @@ def study(monkeypatch, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_the_study_writes_its_tables_and_its_picture(study, tmp_path, capsys):
     study("--seeds", 1, "--batches", 2, 4, "--examples", 8)
     text = (tmp_path / "summary.md").read_text()
