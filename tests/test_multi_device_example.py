@@ -69,7 +69,8 @@ def test_the_styles_agree(run, api, sync):
     close(states[0], states[2])
 
 
-@pytest.mark.parametrize("api", ["linen", pytest.param("nnx", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("api", ["linen", "nnx"])
 def test_a_checkpoint_of_eight_devices_goes_on_with_one_and_with_two(run, api):
     options = ["--sync", "global", "--api", api]
     at_once, _ = run(*options, "--devices", 8, "--steps", 4)
