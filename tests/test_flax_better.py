@@ -104,7 +104,7 @@ def test_groups_of_devices():
     ours = run(OURS)
     assert_close(ours[0], x[:3].reshape(6, 3).var(0), 1e-5)
     assert_close(ours[7], x[3:].reshape(10, 3).var(0), 1e-5)
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(NotImplementedError, match="axis_index_groups"):
         run(FLAX)
 
 

@@ -23,7 +23,7 @@ FLOORS = [
     {"_running_stats"},
     {"_replicated"},
     {"layers"},
-    {"_flax_fields", "_recording", "_module_stats"},
+    {"_flax_fields", "_recording", "_module_stats", "_static"},
     {"linen", "nnx", "population", "folding", "interop"},
 ]
 LEVEL = {name: level for level, floor in enumerate(FLOORS) for name in floor}

@@ -4,9 +4,9 @@
 inference function and its parameters, and `report` tells what it can and cannot fold.
 """
 
+from jaxbn.folding._conv import fold_conv as fold_conv
+from jaxbn.folding._dense import fold_dense as fold_dense
 from jaxbn.folding._fold import fold as fold
-from jaxbn.folding._layers import fold_conv as fold_conv
-from jaxbn.folding._layers import fold_dense as fold_dense
 from jaxbn.folding._report import FoldedLayer as FoldedLayer
 from jaxbn.folding._report import FoldReport as FoldReport
 from jaxbn.folding._report import report as report

@@ -49,7 +49,10 @@ class Adapter(nn.Module):
 
     @nn.nowrap
     def _layer(self, **given: Any) -> layers.Layer:
-        raise NotImplementedError(f"{type(self).__name__} does not say which layer.")
+        raise NotImplementedError(
+            f"{type(self).__name__} must define `_layer(**options)`, which returns the "
+            "`jaxbn.layers.Layer` that it holds the variables of."
+        )
 
     @nn.nowrap
     def _of_the_step(self) -> tuple:

@@ -9,7 +9,7 @@ import jax
 from flax.core import FrozenDict, freeze
 from flax.errors import ModifyScopeVariableError
 
-from jaxbn import _module_stats, _recording
+from jaxbn import _module_stats, _recording, _static
 from jaxbn._moments import Moments
 from jaxbn._running_stats import RunningStats
 
@@ -136,15 +136,15 @@ def moments_fn(
     """
     _layers_of(variables)
     given = {name: v for name, v in variables.items() if name != "batch_moments"}
-    static, traced = _module_stats.static_and_traced(call)
-    if not _module_stats.is_static(model):  # It has an array for a field.
+    static, traced = _static.static_and_traced(call)
+    if not _static.is_static(model):  # It has an array for a field.
         measure = jax.jit(partial(_measure, model, static))
         return partial(measure, traced, given)
     return partial(_measure_compiled, model, static, traced, given)
 
 
 def _measure(model: nn.Module, static, traced, variables: Variables, batch: Any):
-    call = _module_stats.together(static, traced)
+    call = _static.together(static, traced)
     layers = _layers_of(variables)
     # Every layer has a record from the start, as `nn.cond` and `nn.scan` want it.
     empty = variables["batch_stats"]

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jaxbn import _module_stats, _recording
+from jaxbn import _module_stats, _recording, _static
 from jaxbn._moments import Moments
 from jaxbn._running_stats import RunningStats
 from jaxbn.nnx._batch_norm import BatchNorm
@@ -132,7 +132,7 @@ def moments_fn(
     _layers_of(model)
     graphdef, state = nnx.split(model)
     state = jax.tree.map(lambda leaf: leaf, state)  # Not what the model changes later.
-    static, traced = _module_stats.static_and_traced(call)
+    static, traced = _static.static_and_traced(call)
     return partial(_measure, graphdef, (training, method, static), traced, state)
 
 
@@ -146,7 +146,7 @@ def _measure(graphdef: Any, how: tuple, traced: list, state: Any, batch: Any):
         layer.use_fast_variance = False  # Measured in two passes, whatever it does.
         layer.accumulate = False
         layer.batch_moments = recorder(_recording.empty(layer.mean[...]))
-    call = _module_stats.together(static, traced)
+    call = _static.together(static, traced)
     if method is None:
         model(batch, **call)  # type: ignore  (A module need not be callable.)
     else:

@@ -214,7 +214,10 @@ class Variant(nnx.Module):
             self.use_running_average = use_running_average
 
     def _layer(self, **given: Any) -> layers.Layer:
-        raise NotImplementedError(f"{type(self).__name__} does not say which layer.")
+        raise NotImplementedError(
+            f"{type(self).__name__} must define `_layer(**options)`, which returns the "
+            "`jaxbn.layers.Layer` that it holds the variables of."
+        )
 
     def _of_the_step(self) -> tuple:
         """What may be a function of the step, which then is kept."""

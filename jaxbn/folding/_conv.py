@@ -1,0 +1,141 @@
+"""Batch norm folded into a convolution: its kernel and bias, given as arrays."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+
+from jaxbn._running_stats import RunningStats
+from jaxbn.folding import _arguments, _arithmetic, _padding
+
+
+def fold_conv(
+    kernel: ArrayLike,
+    bias: ArrayLike | None,
+    stats: RunningStats,
+    scale: ArrayLike | None = None,
+    bn_bias: ArrayLike | None = None,
+    *,
+    epsilon: ArrayLike = 1e-5,
+    position: str = "after",
+    dimension_numbers: Any = None,
+    feature_group_count: int = 1,
+    padding: str | int | Sequence | None = None,
+    transposed: bool = False,
+    transpose_kernel: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Folds a batch norm at inference into the convolution before or after it.
+
+        a = scale / √(var + epsilon)
+        position "after":   W' = W·a along the outputs,  b' = (b − mean)·a + bn_bias
+        position "before":  W' = a·W along the inputs,   b' = b + Σ (bn_bias − mean·a)·W
+
+    After the convolution it is exact whatever strides, dilations and padding. Before
+    it, zeros that the convolution puts around or between its inputs are zeros of the
+    normalized values, which no kernel and bias can tell from others near the border:
+    exact only without such zeros, or where bn_bias − mean·a is 0. In float32 it loses
+    digits where |mean| is far above √var, as `fold_dense` says.
+
+    Args:
+      kernel: Array, floating or complex, of any number of spatial dimensions.
+      bias: The layer's bias, one number per output channel, or None.
+      stats: Running statistics; `mean` and `var` are used, one number per output
+        channel for position "after", per input channel for "before".
+      scale: Factor of the batch norm, shaped as `stats.mean`; by default 1.
+      bn_bias: Summand of the batch norm, shaped likewise; by default 0.
+      epsilon: Added to the variance; of the batch norm that is folded.
+      position: Where the batch norm is: "after" the layer (default) or "before" it.
+      dimension_numbers: As for `lax.conv_general_dilated`; only the kernel's part
+        matters. By default Flax's layout, `(*spatial, inputs, outputs)`.
+      feature_group_count: Number of groups; for a depthwise convolution, of channels.
+      padding: Of the convolution, needed for position "before" only: "VALID", "SAME",
+        "CAUSAL", an integer, or integers or pairs per spatial dimension as in Flax;
+        also Flax's "CIRCULAR" and "REFLECT", which add no zeros and so are exact.
+      transposed: Whether the convolution is a transposed one, or has a `lhs_dilation`.
+      transpose_kernel: Whether input and output channels are swapped in the kernel, as
+        `lax.conv_transpose` and `flax.linen.ConvTranspose` can have it.
+
+    Returns:
+      `(kernel, bias)`: the kernel in its shape and dtype, the bias `(outputs,)` in the
+      dtype of `bias` or else of `kernel`. Computed in float32 or wider.
+
+    Raises:
+      TypeError: An argument is not floating or complex, or is complex where `kernel` is
+        not, or `feature_group_count` is not an integer.
+      ValueError: A shape does not fit the kernel, `position` is another word, or the
+        batch norm is before a convolution that puts zeros around or between its inputs.
+
+    Example:
+      >>> import jaxbn, jax.numpy as jnp
+      >>> stats = jaxbn.RunningStats(jnp.array([1.0]), jnp.array([4.0]), 0)
+      >>> kernel, bias = jaxbn.folding.fold_conv(
+      ...     jnp.full((3, 3, 1, 1), 2.0),
+      ...     None,
+      ...     stats,
+      ...     epsilon=0.0,
+      ...     position="before",
+      ...     padding="VALID",
+      ... )
+      >>> print(kernel[0, 0, 0, 0], bias)
+      1.0 [-9.]
+
+    References:
+      Jacob et al., "Quantization and Training of Neural Networks for Efficient
+      Integer-Arithmetic-Only Inference" (2018), section 3.2.
+    """
+    kernel, bias = _arguments.checked_layer(kernel, bias, position)
+    into, out = _channels(kernel, dimension_numbers, transpose_kernel)
+    inputs, outputs = kernel.shape[into], kernel.shape[out]
+    _require_groups(feature_group_count, outputs)
+    after = position == "after"
+    features = (outputs if after else inputs * feature_group_count,)
+    given = (stats, scale, bn_bias, epsilon)
+    _arguments.require_bias(bias, (outputs,))
+    norm = _arguments.checked_norm(kernel, bias, *given, features, position)
+    if after:
+        return _arguments.folded_after(kernel, bias, norm, (out,))
+    spatial = [n for i, n in enumerate(kernel.shape) if i not in (into, out)]
+    _padding.require_exact(padding, spatial, transposed, norm[1])
+    summed = tuple(axis for axis in range(kernel.ndim) if axis != out)
+    if feature_group_count == 1:
+        return _arguments.folded_before(kernel, bias, norm, (into,), summed)
+    factor, offset = (_arithmetic.per_group(v, inputs, outputs) for v in norm)
+    return _arguments.folded_before(kernel, bias, (factor, offset), (into, out), summed)
+
+
+def _channels(kernel: jax.Array, numbers: Any, swapped: bool) -> tuple[int, int]:
+    """The axes of the kernel for input and output channels."""
+    if kernel.ndim < 2:
+        raise ValueError(
+            f"`kernel` has shape {kernel.shape}, expected an axis of inputs, one of "
+            "outputs, and any number of spatial ones."
+        )
+    if numbers is None:
+        into, out = kernel.ndim - 2, kernel.ndim - 1
+    else:
+        shape = (1,) * kernel.ndim
+        try:
+            out, into = lax.conv_dimension_numbers(shape, shape, numbers).rhs_spec[:2]
+        except (TypeError, ValueError) as error:
+            raise type(error)(
+                f"`dimension_numbers` do not fit `kernel` of shape {kernel.shape}, got "
+                f"{numbers!r}. Pass what `lax.conv_general_dilated` takes, such as "
+                '("NHWC", "HWIO", "NHWC").'
+            ) from error
+    return (out, into) if swapped else (into, out)
+
+
+def _require_groups(groups: int, outputs: int) -> None:
+    if not isinstance(groups, int | np.integer) or isinstance(groups, bool):
+        raise TypeError(
+            f"`feature_group_count` must be an integer, got {groups!r}. Pass that of "
+            "the convolution, by default 1."
+        )
+    if groups < 1 or outputs % groups:
+        raise ValueError(
+            f"`feature_group_count` must divide the number of outputs of `kernel`, "
+            f"{outputs}, got {groups}."
+        )

@@ -1,0 +1,81 @@
+"""Batch norm folded into a dense layer: its kernel and bias, given as arrays."""
+
+import jax
+from jax.typing import ArrayLike
+
+from jaxbn._running_stats import RunningStats
+from jaxbn.folding import _arguments
+
+
+def fold_dense(
+    kernel: ArrayLike,
+    bias: ArrayLike | None,
+    stats: RunningStats,
+    scale: ArrayLike | None = None,
+    bn_bias: ArrayLike | None = None,
+    *,
+    epsilon: ArrayLike = 1e-5,
+    position: str = "after",
+) -> tuple[jax.Array, jax.Array]:
+    """Folds a batch norm at inference into the dense layer before or after it.
+
+        a = scale / √(var + epsilon)
+        position "after":   W' = W·a along the outputs,  b' = (b − mean)·a + bn_bias
+        position "before":  W' = a·W along the inputs,   b' = b + Σ (bn_bias − mean·a)·W
+
+    `x·W' + b'` is then the layer and the normalization together. It is the same
+    function, but in float32 `x·W' + b'` loses digits where |mean| is far above
+    √var, because the mean is subtracted from rounded products; `normalize` does not.
+
+    Args:
+      kernel: Array `(*inputs, *outputs)`, floating or complex.
+      bias: The layer's bias, shaped as the outputs, or None.
+      stats: Running statistics; `mean` and `var` are used. Shaped as the outputs for
+        position "after", as the inputs for "before". (Of `layers.renorm`, whose state
+        has a standard deviation: `RunningStats(mean, std**2, step)` and epsilon 0.)
+      scale: Factor of the batch norm, shaped as `stats.mean`; by default 1.
+      bn_bias: Summand of the batch norm, shaped likewise; by default 0.
+      epsilon: Added to the variance; of the batch norm that is folded.
+      position: Where the batch norm is: "after" the layer (default) or "before" it.
+
+    Returns:
+      `(kernel, bias)`: the kernel in its shape and dtype, the bias shaped as the
+      outputs, in the dtype of `bias` or else of `kernel`. Computed in float32 or wider.
+
+    Raises:
+      TypeError: An argument is not floating or complex, or is complex where `kernel` is
+        not.
+      ValueError: A shape does not fit the kernel, or `position` is another word.
+
+    Example:
+      >>> import jaxbn, jax.numpy as jnp
+      >>> stats = jaxbn.RunningStats(jnp.array([1.0]), jnp.array([4.0]), 0)
+      >>> kernel, bias = jaxbn.folding.fold_dense(
+      ...     jnp.array([[2.0], [6.0]]), None, stats, epsilon=0.0
+      ... )
+      >>> print(kernel[:, 0], bias)
+      [1. 3.] [-0.5]
+
+    References:
+      Jacob et al., "Quantization and Training of Neural Networks for Efficient
+      Integer-Arithmetic-Only Inference" (2018), section 3.2.
+    """
+    kernel, bias = _arguments.checked_layer(kernel, bias, position)
+    mean = _arguments.checked_mean(stats)
+    rank = mean.ndim
+    if rank > kernel.ndim:
+        raise ValueError(
+            f"`stats.mean` has shape {mean.shape}, more axes than `kernel` of "
+            f"shape {kernel.shape}. It runs along the layer's outputs (inputs, for "
+            'position="before").'
+        )
+    first = kernel.ndim - rank if position == "after" else rank
+    inputs, outputs = tuple(range(first)), tuple(range(first, kernel.ndim))
+    axes = outputs if position == "after" else inputs
+    features = tuple(kernel.shape[axis] for axis in axes)
+    given = (stats, scale, bn_bias, epsilon)
+    _arguments.require_bias(bias, tuple(kernel.shape[axis] for axis in outputs))
+    norm = _arguments.checked_norm(kernel, bias, *given, features, position)
+    if position == "after":
+        return _arguments.folded_after(kernel, bias, norm, outputs)
+    return _arguments.folded_before(kernel, bias, norm, inputs, inputs)
