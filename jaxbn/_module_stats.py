@@ -1,6 +1,6 @@
 """The running statistics of a model's layers: out of its variables, and back."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,6 +13,17 @@ NO_LAYERS = (
     "{} has no running statistics of batch norms. Build the model with those of "
     "`{}`, and pass the variables that its `init` made."
 )
+
+
+def layers_of(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Mapping]]:
+    """The dicts of a mean and a variance, those of batch norms, by their paths."""
+    if not isinstance(tree, Mapping):
+        return
+    arrays = {name for name, part in tree.items() if not isinstance(part, Mapping)}
+    if "mean" in arrays and arrays & {"var", "std"}:
+        yield "/".join(path), tree
+    for name, part in tree.items():
+        yield from layers_of(part, (*path, str(name)))
 
 
 def as_running_stats(values: Mapping[str, Any]) -> RunningStats:

@@ -204,7 +204,7 @@ def debiased(decay: float) -> Callable[[jax.Array], jax.Array]:
 @dataclasses.dataclass(frozen=True)
 class _Cumulative:
     def __call__(self, step: jax.Array) -> jax.Array:
-        t = jnp.asarray(step).astype(jnp.float32)
+        t = jnp.asarray(step).astype(float)
         return t / (t + 1)
 
 
@@ -213,7 +213,7 @@ class _Debiased:
     decay: float
 
     def __call__(self, step: jax.Array) -> jax.Array:
-        t = jnp.asarray(step).astype(jnp.float32)
+        t = jnp.asarray(step).astype(float)
         if self.decay == 0:
             return jnp.zeros_like(t)
         # 1 − decayᵗ by expm1: for decay near 1 the difference would lose its digits.

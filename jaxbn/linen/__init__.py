@@ -1,6 +1,8 @@
 """Flax Linen modules: they hold the variables and call `jaxbn.layers`."""
 
 from jaxbn.linen._batch_norm import BatchNorm as BatchNorm
+from jaxbn.linen._replace import replace_batch_norm as replace_batch_norm
+from jaxbn.linen._replace import replaced as replaced
 from jaxbn.linen._statistics import commit as commit
 from jaxbn.linen._statistics import load_stats as load_stats
 from jaxbn.linen._statistics import moments_fn as moments_fn

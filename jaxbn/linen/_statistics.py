@@ -1,6 +1,6 @@
 """The statistics of a linen model: taken out, measured, put back; windows closed."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -155,8 +155,8 @@ def _measure(model: nn.Module, static, traced, variables: Variables, batch: Any)
         _, new = model.apply(empty, batch, mutable=["batch_moments"], **call)
     except ModifyScopeVariableError as error:
         raise ValueError(NOT_OURS.format(error)) from error
-    found = dict(_layers(new["batch_moments"]))
-    before = dict(_layers(empty["batch_moments"]))
+    found = dict(_module_stats.layers_of(new["batch_moments"]))
+    before = dict(_module_stats.layers_of(empty["batch_moments"]))
     if all(found[path]["count"] is before[path]["count"] for path in layers):
         raise ValueError(
             "No layer of the model recorded moments: none that ran is a batch norm of "
@@ -217,26 +217,15 @@ def commit(variables: Variables) -> dict:
 
 
 def _windows(variables: Variables) -> dict[str, Mapping]:
-    found = _layers(variables.get("batch_moments", {}))
+    found = _module_stats.layers_of(variables.get("batch_moments", {}))
     return {path: record for path, record in found if _recording.is_window(record)}
 
 
 def _layers_of(variables: Variables) -> dict[str, Mapping]:
-    found = dict(_layers(variables.get("batch_stats", {})))
+    found = dict(_module_stats.layers_of(variables.get("batch_stats", {})))
     if not found:
         raise ValueError(_module_stats.NO_LAYERS.format("`variables`", "jaxbn.linen"))
     return found
-
-
-def _layers(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Mapping]]:
-    """The dicts of a mean and a variance, those of batch norms, by their paths."""
-    if not isinstance(tree, Mapping):
-        return
-    arrays = {name for name, part in tree.items() if not isinstance(part, Mapping)}
-    if "mean" in arrays and arrays & {"var", "std"}:
-        yield "/".join(path), tree
-    for name, part in tree.items():
-        yield from _layers(part, (*path, name))
 
 
 def _only_records(tree: Mapping) -> dict:

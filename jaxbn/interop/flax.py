@@ -1,0 +1,154 @@
+"""Flax's batch norms, linen's and nnx', and jaxbn's modules of the same variables.
+
+| | Flax | jaxbn |
+| --- | --- | --- |
+| momentum, epsilon | weight of the old value, 0.99; 1e-5 | the same |
+| running variance | biased | the same, unless `unbiased=True` |
+| axis | the feature axes | the same; `feature_axes` in functions |
+
+`jaxbn.linen.BatchNorm` and `jaxbn.nnx.BatchNorm` take Flax's checkpoints as they are.
+These functions are for the way between Flax's variables and the `(params, stats)` of
+jaxbn's functions, and so of every other library here.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxbn import _module_stats
+from jaxbn._running_stats import RunningStats
+from jaxbn.interop import _checkpoint
+from jaxbn.interop._checkpoint import Arrays, Converted
+
+PARAMS = {"scale": "scale", "bias": "bias"}
+STATS = {"mean": "mean", "var": "var", "step": "step"}
+
+
+def to_jaxbn(variables: Mapping[str, Any]) -> Converted:
+    """The variables of one batch norm as parameters and statistics of jaxbn.
+
+    Args:
+      variables: Linen's: a dict with `batch_stats` (mean, var) and, where there are
+        any, `params` (scale, bias). Or a dict of these four without collections, as
+        `nnx.to_pure_dict(nnx.state(layer))` has them. `step` is read where there is
+        one.
+
+    Returns:
+      `(params, stats)`, as `init` of `jaxbn.layers.standard` returns them. The variance
+      is taken as it is; Flax tracks the biased one.
+
+    Raises:
+      TypeError: A value is no array of numbers.
+      ValueError: Keys are missing or not known, shapes differ, or a variance is
+        negative or NaN.
+
+    Example:
+      >>> import flax.linen as nn, jax, jaxbn, jax.numpy as jnp
+      >>> variables = nn.BatchNorm(True).init(jax.random.key(0), jnp.ones((4, 2)))
+      >>> params, stats = jaxbn.interop.flax.to_jaxbn(variables)
+      >>> print(params["scale"], stats.var)
+      [1. 1.] [1. 1.]
+
+    References:
+      https://flax-linen.readthedocs.io/en/latest/guides/training_techniques/batch_norm.html
+    """
+    if "batch_stats" not in variables:
+        return _to_jaxbn(variables, "")
+    unknown = sorted(set(variables) - {"params", "batch_stats"})
+    if unknown:
+        raise ValueError(
+            f"`variables` has the collections {unknown} besides 'params' and "
+            "'batch_stats'. Leave them out."
+        )
+    return _to_jaxbn({**variables.get("params", {}), **variables["batch_stats"]}, "")
+
+
+def from_jaxbn(
+    params: Mapping[str, Any], stats: RunningStats, *, step: bool = False
+) -> dict[str, dict[str, np.ndarray]]:
+    """The inverse of `to_jaxbn`: linen's variables of one batch norm.
+
+    Args:
+      params: "scale", "bias", both or neither.
+      stats: The running statistics. Flax's own classes go on with the biased variance,
+        which the other modules of `jaxbn.interop` give with `unbiased=False`.
+      step: Whether the layer keeps the step, as jaxbn's do where `momentum` is a
+        function of it.
+
+    Returns:
+      `{"params": {scale, bias}, "batch_stats": {mean, var}}`. For nnx the same without
+      collections: `nnx.update(layer, {**made["params"], **made["batch_stats"]})`.
+
+    Raises:
+      TypeError: `stats` is no `RunningStats`.
+      ValueError: As for `to_jaxbn`.
+
+    Example:
+      >>> import flax.linen as nn, jaxbn, jax.numpy as jnp
+      >>> params, stats = jaxbn.layers.standard().init(2)
+      >>> variables = jaxbn.interop.flax.from_jaxbn(params, stats)
+      >>> nn.BatchNorm(True).apply(variables, jnp.ones((4, 2))).shape
+      (4, 2)
+
+    References:
+      https://flax-linen.readthedocs.io/en/latest/guides/training_techniques/batch_norm.html
+    """
+    found = _checkpoint.given(params, stats)
+    kept = [name for name in STATS if step or name != "step"]
+    return {
+        "params": {name: np.array(found[name]) for name in PARAMS if name in found},
+        "batch_stats": {name: np.array(found[name]) for name in kept},
+    }
+
+
+def batch_norms(variables: Mapping[str, Any]) -> dict[str, Converted]:
+    """Every batch norm of a model, found by its mean and variance.
+
+    Args:
+      variables: Linen's, with `params` and `batch_stats`; or the nested dict of
+        `nnx.to_pure_dict(nnx.state(model))`.
+
+    Returns:
+      A dict from the path of a layer, such as "Block_0/BatchNorm_1", to its `(params,
+      stats)`.
+
+    Raises:
+      TypeError: As for `to_jaxbn`.
+      ValueError: There is none, or as for `to_jaxbn`; each names the key in full.
+
+    Example:
+      >>> import flax.linen as nn, jax, jaxbn, jax.numpy as jnp
+      >>> net = nn.Sequential([nn.Dense(2), nn.BatchNorm(True)])
+      >>> variables = net.init(jax.random.key(0), jnp.ones((4, 3)))
+      >>> list(jaxbn.interop.flax.batch_norms(variables))
+      ['layers_1']
+
+    References:
+      https://flax-linen.readthedocs.io/en/latest/guides/training_techniques/batch_norm.html
+    """
+    linen = "batch_stats" in variables
+    stats = variables["batch_stats"] if linen else variables
+    found = {}
+    for path, own in _module_stats.layers_of(stats):
+        params = _at(variables.get("params", {}), path) if linen else {}
+        # Linen lets a module have submodules beside its variables.
+        arrays = {name: v for name, v in {**params, **own}.items() if not _is_dict(v)}
+        found[path] = _to_jaxbn(arrays, path and f"{path}/")
+    if not found:
+        raise ValueError(_module_stats.NO_LAYERS.format("`variables`", "flax"))
+    return found
+
+
+def _to_jaxbn(arrays: Arrays, at: str) -> Converted:
+    return _checkpoint.layer_state(_checkpoint.read(arrays, PARAMS | STATS, at))
+
+
+def _at(tree: Mapping[str, Any], path: str) -> Mapping[str, Any]:
+    for name in filter(None, path.split("/")):
+        tree = tree.get(name, {})
+    return tree
+
+
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, Mapping)

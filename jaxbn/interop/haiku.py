@@ -1,0 +1,286 @@
+"""Haiku's batch norms: their options, their arrays, and those of whole models.
+
+Haiku itself is not imported. Its statistics are debiased, as with
+`momentum=jaxbn.debiased(decay_rate)`, and its arrays keep the reduced axes.
+
+| | Haiku | jaxbn |
+| --- | --- | --- |
+| decay_rate | weight of the old value, no default | the same, `debiased(decay_rate)` |
+| eps | 1e-5 | the same |
+| running variance | biased | the same |
+| state | `hidden`, `average` = hidden/(1 − decay^counter) | the average, and `step` |
+| shapes | (1, 1, 1, C) | (C,) |
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxbn import _axes
+from jaxbn._running_stats import RunningStats, debiased
+from jaxbn.interop import _checkpoint
+from jaxbn.interop._checkpoint import Arrays, Converted
+
+NAMES = {"scale": "scale", "offset": "bias"}
+AVERAGES = {"mean_ema": "mean", "var_ema": "var"}
+FIELDS = ("counter", "hidden", "average")
+
+
+def options(
+    *,
+    create_scale: bool,
+    create_offset: bool,
+    decay_rate: float,
+    eps: float = 1e-5,
+) -> dict[str, Any]:
+    """The arguments of `hk.BatchNorm`, as jaxbn's options.
+
+        momentum(jaxbn) = debiased(decay_rate)
+
+    Args:
+      create_scale: Whether there is a scale.
+      create_offset: Whether there is an offset.
+      decay_rate: The weight of the old value.
+      eps: Added to the variance.
+
+    Returns:
+      Options for `jaxbn.layers.standard` and both `BatchNorm` modules. Haiku's `axis`
+      are the *reduced* axes; jaxbn's `feature_axes` are the others.
+
+    Raises:
+      ValueError: `decay_rate` is not in [0, 1).
+
+    Example:
+      >>> import jaxbn
+      >>> made = jaxbn.interop.haiku.options(
+      ...     create_scale=True, create_offset=True, decay_rate=0.9
+      ... )
+      >>> layer = jaxbn.layers.standard(**made)
+
+    References:
+      https://dm-haiku.readthedocs.io/en/latest/api.html#batchnorm
+    """
+    _checkpoint.require_share("decay_rate", decay_rate)
+    return {
+        "momentum": debiased(decay_rate),
+        "epsilon": eps,
+        "unbiased": False,
+        "use_scale": create_scale,
+        "use_bias": create_offset,
+    }
+
+
+def to_jaxbn(
+    arrays: Arrays,
+    *,
+    feature_axes: _axes.Axes = -1,
+    unbiased: bool = False,
+    count: float | None = None,
+) -> Converted:
+    """The arrays of one `hk.BatchNorm` as parameters and statistics of jaxbn.
+
+    Args:
+      arrays: A dict with `mean_ema` and `var_ema`, each of them the dict that Haiku has
+        for it (`counter`, `hidden`, `average`), and `scale` and `offset` where there
+        are any. `batch_norms` finds them in a model.
+      feature_axes: Of the layer's input; in the arrays the others have length 1.
+      unbiased: Whether the layer that goes on from here tracks the unbiased variance.
+        Haiku does not; True takes var·n/(n − 1).
+      count: That n, the number of values per feature in a training batch; with
+        `unbiased=True` only.
+
+    Returns:
+      `(params, stats)`, as `init` of `jaxbn.layers.standard(**options(...))` returns
+      them. The statistics are Haiku's `average`, and float32 at least, also where Haiku
+      kept them in bfloat16.
+
+    Raises:
+      TypeError: A value is no array of numbers.
+      ValueError: Keys are missing or not known, shapes differ or have other axes than
+        `feature_axes`, the two counters differ, a variance is negative or NaN, or
+        `count` is missing or not needed.
+
+    Example:
+      >>> import jaxbn, numpy as np
+      >>> half, one = np.full((1, 2), 0.5), np.ones((1, 2))
+      >>> ema = {"counter": 1, "hidden": half, "average": one}
+      >>> arrays = {"mean_ema": ema, "var_ema": ema}
+      >>> params, stats = jaxbn.interop.haiku.to_jaxbn(arrays)
+      >>> print(stats.mean, stats.step)
+      [1. 1.] 1
+
+    References:
+      https://dm-haiku.readthedocs.io/en/latest/api.html#batchnorm
+    """
+    return _to_jaxbn(arrays, "", feature_axes, unbiased, count)
+
+
+def from_jaxbn(
+    params: Mapping[str, Any],
+    stats: RunningStats,
+    *,
+    ndim: int,
+    decay_rate: float,
+    feature_axes: _axes.Axes = -1,
+    unbiased: bool = False,
+    count: float | None = None,
+) -> dict[str, Any]:
+    """The inverse of `to_jaxbn`: arrays for one `hk.BatchNorm`.
+
+        hidden = average · (1 − decay_rate^counter)
+
+    Args:
+      params: "scale", "bias", both or neither.
+      stats: The running statistics. Their `step` becomes the counter.
+      ndim: The rank of the layer's input, which the arrays have too.
+      decay_rate: That of the layer.
+      feature_axes: Of the layer's input.
+      unbiased: Whether the variance was tracked with `unbiased=True`. If so, Haiku
+        needs var·(n − 1)/n.
+      count: That n; with `unbiased=True` only.
+
+    Returns:
+      A dict with `scale`, `offset`, `mean_ema` and `var_ema`, as `to_jaxbn` takes it.
+      In Haiku's trees they are `params[name]`, `state[f"{name}/~/mean_ema"]` and
+      `state[f"{name}/~/var_ema"]`.
+
+    Raises:
+      TypeError: `stats` is no `RunningStats`.
+      ValueError: `decay_rate` is not from 0 to 1, the step is 0 and the statistics have
+        moved, or as for `to_jaxbn`.
+
+    Example:
+      >>> import jaxbn
+      >>> params, stats = jaxbn.layers.standard().init(2)
+      >>> made = jaxbn.interop.haiku.from_jaxbn(params, stats, ndim=4, decay_rate=0.9)
+      >>> made["scale"].shape
+      (1, 1, 1, 2)
+
+    References:
+      https://dm-haiku.readthedocs.io/en/latest/api.html#batchnorm
+    """
+    _checkpoint.require_share("decay_rate", decay_rate)
+    found = _checkpoint.given(params, stats)
+    _checkpoint.require_step(found, "Haiku")
+    found = _checkpoint.tracked(
+        found, "stats.var", unbiased=unbiased, to_unbiased=False, count=count
+    )
+    axes = _axes.canonical(feature_axes, ndim)
+    reduced = _axes.others(axes, ndim)
+
+    def kept(array: np.ndarray) -> np.ndarray:
+        return np.array(np.expand_dims(array, reduced))
+
+    share = 1 - decay_rate ** int(found["step"])
+    made: dict[str, Any] = {
+        theirs: kept(found[ours]) for theirs, ours in NAMES.items() if ours in found
+    }
+    for theirs, ours in AVERAGES.items():
+        average = kept(found[ours])
+        hidden = (average * share).astype(average.dtype)
+        counter = found["step"].astype(np.int32)
+        made[theirs] = {"counter": counter, "hidden": hidden, "average": average}
+    return made
+
+
+def batch_norms(
+    params: Mapping[str, Any],
+    state: Mapping[str, Any],
+    *,
+    feature_axes: _axes.Axes = -1,
+    unbiased: bool = False,
+    count: float | Mapping[str, float] | None = None,
+) -> dict[str, Converted]:
+    """Every batch norm of a Haiku model, found in its state.
+
+    Args:
+      params: The parameters of `hk.transform_with_state`.
+      state: The state beside them.
+      feature_axes: As for `to_jaxbn`.
+      unbiased: As for `to_jaxbn`.
+      count: As for `to_jaxbn`; a dict by name where layers have different numbers.
+
+    Returns:
+      A dict from a module's name, such as "resnet/~/batch_norm", to its `(params,
+      stats)`.
+
+    Raises:
+      TypeError: As for `to_jaxbn`.
+      ValueError: There is none, or as for `to_jaxbn`; each names the key in full.
+
+    Example:
+      >>> import jaxbn, numpy as np
+      >>> half, one = np.full((1, 2), 0.5), np.ones((1, 2))
+      >>> ema = {"counter": 1, "hidden": half, "average": one}
+      >>> state = {"net/~/norm/~/mean_ema": ema, "net/~/norm/~/var_ema": ema}
+      >>> list(jaxbn.interop.haiku.batch_norms({}, state))
+      ['net/~/norm']
+
+    References:
+      https://dm-haiku.readthedocs.io/en/latest/api.html#transform-with-state
+    """
+    found = {}
+    for key in state:
+        name, _, last = key.rpartition("/~/")
+        if last in AVERAGES and name not in found:
+            averages = {
+                ema: state[f"{name}/~/{ema}"]
+                for ema in AVERAGES
+                if f"{name}/~/{ema}" in state
+            }
+            n = count.get(name) if isinstance(count, Mapping) else count
+            arrays = {**params.get(name, {}), **averages}
+            found[name] = _to_jaxbn(arrays, f"{name}/", feature_axes, unbiased, n)
+    if not found:
+        raise ValueError(
+            f"`state` has no batch norm: no key ends in '/~/mean_ema'; got "
+            f"{sorted(state)}. Pass the state of `hk.transform_with_state`."
+        )
+    return found
+
+
+def _to_jaxbn(
+    arrays: Arrays, at: str, feature_axes: _axes.Axes, unbiased: bool, count: Any
+) -> Converted:
+    flat = {**arrays}
+    for ema in AVERAGES:
+        fields = flat.pop(ema, None)
+        if fields is not None:
+            _require_fields(fields, f"{at}{ema}")
+            flat[f"{ema}/average"] = fields["average"]
+            flat[f"{ema}/counter"] = fields["counter"]
+    names = NAMES | {f"{ema}/average": ours for ema, ours in AVERAGES.items()}
+    names |= {"mean_ema/counter": "step"}
+    other = flat.pop("var_ema/counter", None)
+    found = _checkpoint.read(flat, names, at)
+    if int(other) != int(found["step"]):  # type: ignore  (read found its average)
+        raise ValueError(
+            f"`{at}mean_ema/counter` is {found['step']}, but `{at}var_ema/counter` "
+            f"{other}. jaxbn counts the updates of both in one step."
+        )
+    axes = _axes.canonical(feature_axes, found["mean"].ndim)
+    for name, array in found.items():
+        if name != "step":
+            found[name] = _without_kept(array, axes, at)
+    found = _checkpoint.tracked(
+        found, f"{at}var_ema/average", unbiased=False, to_unbiased=unbiased, count=count
+    )
+    return _checkpoint.layer_state(found)
+
+
+def _require_fields(fields: Any, key: str) -> None:
+    if not isinstance(fields, Mapping) or set(fields) != set(FIELDS):
+        got = sorted(fields) if isinstance(fields, Mapping) else type(fields).__name__
+        raise ValueError(f"`{key}` must be a dict with {list(FIELDS)}, got {got}.")
+
+
+def _without_kept(array: np.ndarray, axes: tuple[int, ...], at: str) -> np.ndarray:
+    reduced = _axes.others(axes, array.ndim)
+    if any(array.shape[axis] != 1 for axis in reduced):
+        raise ValueError(
+            f"The arrays of `{at or 'arrays'}` have shape {array.shape}: not 1 along "
+            f"axes that are no `feature_axes`, {axes}. Name the layer's feature axes; "
+            'for `data_format="NCHW"` that is 1.'
+        )
+    return np.squeeze(array, reduced)

@@ -1,0 +1,271 @@
+"""PyTorch's batch norms: their options, their arrays, and whole state dicts.
+
+torch itself is not imported. Tensors come as they are in a `state_dict`, on any device
+that copies to the host; what goes back are NumPy arrays.
+
+| | torch | jaxbn |
+| --- | --- | --- |
+| momentum | weight of the new value, 0.1 | weight of the old one, 0.9 |
+| momentum None | plain average | `cumulative()` |
+| running variance | unbiased | `unbiased=True` |
+| channels | axis 1 | `feature_axes`, by default the last |
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxbn._running_stats import RunningStats, cumulative
+from jaxbn.interop import _checkpoint
+from jaxbn.interop._checkpoint import Arrays, Converted
+
+NAMES = {
+    "weight": "scale",
+    "bias": "bias",
+    "running_mean": "mean",
+    "running_var": "var",
+    "num_batches_tracked": "step",
+}
+# What no other layer has. (Instance norm with running statistics has all of them.)
+MARKS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def options(
+    *,
+    eps: float = 1e-5,
+    momentum: float | None = 0.1,
+    affine: bool = True,
+    track_running_stats: bool = True,
+    bias: bool = True,
+) -> dict[str, Any]:
+    """The arguments of `torch.nn.BatchNorm2d` and its like, as jaxbn's options.
+
+        momentum(jaxbn) = 1 − momentum(torch)
+
+    Args:
+      eps: torch's.
+      momentum: torch's: the weight of the *new* value, or None for a plain average.
+      affine: Whether there are weight and bias.
+      track_running_stats: False normalizes by the batch at inference too, which is
+        `pseudo_samples=0.0` in jaxbn.
+      bias: Whether there is a bias beside the weight.
+
+    Returns:
+      Options for `jaxbn.layers.standard` and both `BatchNorm` modules. torch's channels
+      are axis 1: where they stay there, add `feature_axes=1` (`axis=1` in a module).
+
+    Raises:
+      ValueError: `momentum` is not from 0 to 1.
+
+    Example:
+      >>> import jaxbn
+      >>> jaxbn.interop.torch.options(momentum=0.25)["momentum"]
+      0.75
+      >>> layer = jaxbn.layers.standard(**jaxbn.interop.torch.options(), feature_axes=1)
+
+    References:
+      https://docs.pytorch.org/docs/stable/generated/torch.nn.BatchNorm2d.html
+    """
+    if momentum is not None:
+        _checkpoint.require_share("momentum", momentum)
+    made: dict[str, Any] = {
+        "momentum": cumulative() if momentum is None else 1 - momentum,
+        "epsilon": eps,
+        "unbiased": True,
+        "use_scale": affine,
+        "use_bias": affine and bias,
+    }
+    return made if track_running_stats else made | {"pseudo_samples": 0.0}
+
+
+def to_jaxbn(
+    arrays: Arrays, *, unbiased: bool = True, count: float | None = None
+) -> Converted:
+    """The arrays of one batch norm as parameters and statistics of jaxbn.
+
+    Args:
+      arrays: A dict with `running_mean` and `running_var`, and where there are any
+        `weight`, `bias` and `num_batches_tracked`: the `state_dict()` of one layer.
+      unbiased: Whether the layer that goes on from here tracks the unbiased variance,
+        as torch does. False makes var·(n − 1)/n of it.
+      count: That n, the number of values per feature in a training batch; with
+        `unbiased=False` only.
+
+    Returns:
+      `(params, stats)`, as `init` of `jaxbn.layers.standard(**options(...))` returns
+      them, in float32 (float64 if it came in this and JAX has 64 bits switched on).
+
+    Raises:
+      TypeError: A value is no array of numbers.
+      ValueError: Keys are missing or not known, shapes differ, a variance is negative
+        or NaN, or `count` is missing or not needed.
+
+    Example:
+      >>> import jaxbn, numpy as np
+      >>> from_torch = {"running_mean": np.ones(2), "running_var": np.full(2, 4.0)}
+      >>> params, stats = jaxbn.interop.torch.to_jaxbn(from_torch)
+      >>> print(jaxbn.normalize(np.ones((1, 2)) * 3, stats.mean, stats.var, epsilon=0))
+      [[1. 1.]]
+
+    References:
+      https://docs.pytorch.org/docs/stable/generated/torch.nn.BatchNorm2d.html
+    """
+    return _to_jaxbn(arrays, "", unbiased, count)
+
+
+def from_jaxbn(
+    params: Mapping[str, Any],
+    stats: RunningStats,
+    *,
+    unbiased: bool = False,
+    count: float | None = None,
+) -> dict[str, np.ndarray]:
+    """The inverse of `to_jaxbn`: arrays for one batch norm of torch.
+
+    Args:
+      params: "scale" and "bias", "scale" alone, or neither.
+      stats: The running statistics.
+      unbiased: Whether they were tracked with `unbiased=True`. If not, torch needs
+        var·n/(n − 1).
+      count: That n, the number of values per feature in a training batch; with
+        `unbiased=False` only.
+
+    Returns:
+      A dict of NumPy arrays with the keys of torch, for `load_state_dict` after
+      `torch.from_numpy`.
+
+    Raises:
+      TypeError: `stats` is no `RunningStats`.
+      ValueError: There is a bias without a scale, several feature axes, or as for
+        `to_jaxbn`.
+
+    Example:
+      >>> import jaxbn
+      >>> params, stats = jaxbn.layers.standard().init(2)
+      >>> sorted(jaxbn.interop.torch.from_jaxbn(params, stats, unbiased=True))
+      ['bias', 'num_batches_tracked', 'running_mean', 'running_var', 'weight']
+
+    References:
+      https://docs.pytorch.org/docs/stable/generated/torch.nn.BatchNorm2d.html
+    """
+    found = _checkpoint.given(params, stats)
+    _checkpoint.require_vectors(found, "torch")
+    if "bias" in found and "scale" not in found:
+        raise ValueError(
+            "`params` has 'bias' and no 'scale', which torch's batch norm cannot have. "
+            "Add a 'scale' of ones."
+        )
+    found = _checkpoint.tracked(
+        found, "stats.var", unbiased=unbiased, to_unbiased=True, count=count
+    )
+    found["step"] = found["step"].astype(np.int64)
+    return {
+        theirs: _checkpoint.written(found[ours])
+        for theirs, ours in NAMES.items()
+        if ours in found
+    }
+
+
+def batch_norms(
+    state_dict: Arrays,
+    *,
+    unbiased: bool = True,
+    count: float | Mapping[str, float] | None = None,
+) -> dict[str, Converted]:
+    """Every batch norm of a state dict, found by its keys.
+
+    Args:
+      state_dict: That of a whole model.
+      unbiased: As for `to_jaxbn`.
+      count: As for `to_jaxbn`; a dict by prefix where layers have different numbers.
+
+    Returns:
+      A dict from the prefix of a layer, such as "layer1.0.bn1", to its `(params,
+      stats)`, in the order of the state dict. Instance norms with running statistics
+      have the same keys, and are found as well.
+
+    Raises:
+      TypeError: As for `to_jaxbn`.
+      ValueError: There is none, one lacks keys or has others besides, or as for
+        `to_jaxbn`; each names the key in full.
+
+    Example:
+      >>> import jaxbn, numpy as np
+      >>> checkpoint = {
+      ...     "conv.weight": np.ones((4, 3, 3, 3)),
+      ...     "bn.running_mean": np.zeros(4), "bn.running_var": np.ones(4),
+      ... }
+      >>> list(jaxbn.interop.torch.batch_norms(checkpoint))
+      ['bn']
+
+    References:
+      https://docs.pytorch.org/docs/stable/generated/torch.nn.Module.html#torch.nn.Module.state_dict
+    """
+    layers: dict[str, dict[str, Any]] = {}
+    for key, value in state_dict.items():
+        prefix, _, name = key.rpartition(".")
+        layers.setdefault(prefix, {})[name] = value
+    found = {}
+    for prefix, arrays in layers.items():
+        if any(arrays.get(mark) is not None for mark in MARKS):
+            n = count.get(prefix) if isinstance(count, Mapping) else count
+            found[prefix] = _to_jaxbn(arrays, prefix and f"{prefix}.", unbiased, n)
+    if not found:
+        raise ValueError(
+            f"`state_dict` has no batch norm: none of its {len(state_dict)} keys ends "
+            "in running_mean. Pass the `state_dict()` of a model."
+        )
+    return found
+
+
+def frozen_to_jaxbn(arrays: Arrays, *, eps: float = 1e-5) -> Converted:
+    """A `FrozenBatchNorm2d` of detectron2 or torchvision, for a layer of epsilon 0.
+
+        y = weight · (x − running_mean) / √(running_var + eps) + bias
+
+    These libraries have changed whether eps is added, and detectron2 subtracts it from
+    old checkpoints, which makes small variances negative. Here it becomes part of the
+    variance, so that nothing is lost: use `epsilon=0.0` in jaxbn.
+
+    Args:
+      arrays: A dict with `weight`, `bias`, `running_mean` and `running_var`.
+      eps: What the layer adds to the variance: its `eps`, or 0 where the library added
+        none (checkpoints of detectron2 before version 3, the first torchvisions).
+
+    Returns:
+      `(params, stats)`, whose `stats.var` is running_var + eps.
+
+    Raises:
+      TypeError: As for `to_jaxbn`.
+      ValueError: As for `to_jaxbn`; running_var + eps is negative.
+
+    Example:
+      >>> import jaxbn, numpy as np
+      >>> arrays = {"running_mean": np.zeros(1), "running_var": np.full(1, -0.25)}
+      >>> _, stats = jaxbn.interop.torch.frozen_to_jaxbn(arrays, eps=0.25)
+      >>> print(stats.var)
+      [0.]
+
+    References:
+      https://detectron2.readthedocs.io/en/latest/modules/layers.html#detectron2.layers.FrozenBatchNorm2d
+    """
+    if not eps >= 0:
+        raise ValueError(f"`eps` must be at least 0, got {eps}.")
+    if "running_var" in arrays:
+        var = _checkpoint.leaf("running_var", arrays["running_var"])
+        arrays = {**arrays, "running_var": var + np.asarray(eps, var.dtype)}
+    return to_jaxbn(arrays)
+
+
+def _to_jaxbn(arrays: Arrays, at: str, unbiased: bool, count: Any) -> Converted:
+    found = _checkpoint.read(arrays, NAMES, at)
+    if "bias" in found and "scale" not in found:
+        raise ValueError(
+            f"Not the arrays of one batch norm: `{at}bias` is there, and "
+            f"`{at}weight` is missing."
+        )
+    found = _checkpoint.tracked(
+        found, f"{at}running_var", unbiased=True, to_unbiased=unbiased, count=count
+    )
+    return _checkpoint.layer_state(found)
