@@ -1,7 +1,11 @@
 """What holds for every test: eight devices, strict shapes, no NaN passing unseen."""
 
+import os
+
 import jax
 import pytest
+
+os.environ.setdefault("KERAS_BACKEND", "jax")  # Keras asks when it is imported.
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

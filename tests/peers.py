@@ -5,7 +5,6 @@ its statistics, `infer` normalizes by them, `arrays` and `load` are its checkpoi
 the form that `jaxbn.interop` takes.
 """
 
-import os
 from types import MappingProxyType
 
 import jax
@@ -64,7 +63,6 @@ class Keras:
     close = MappingProxyType({"rtol": 1e-5, "atol": 1e-5})  # float32 inside
 
     def __init__(self):
-        os.environ.setdefault("KERAS_BACKEND", "jax")
         keras = pytest.importorskip("keras", reason=MISSING)
         made = {"momentum": 0.8, "dtype": "float64"}
         self.layer = keras.layers.BatchNormalization(**made)

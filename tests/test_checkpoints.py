@@ -199,8 +199,7 @@ def test_keras_lists_and_old_names(fused):
 
 @pytest.mark.usefixtures("x64")
 def test_keras_renorm_goes_on_in_renorm():
-    peers.Keras()  # Sets the backend, or skips.
-    import keras
+    keras = pytest.importorskip("keras", reason=peers.MISSING)
 
     limits = {"rmax": 1.5, "rmin": 1 / 1.5, "dmax": 0.7}
     theirs = keras.layers.BatchNormalization(

@@ -122,7 +122,7 @@ def test_variance_when_warm(mean):
 
 @pytest.mark.parametrize("far", [10, 100])
 def test_variance_far_from_the_running_mean(far):
-    """What docs/flax.md says of it."""
+    """What docs/migrating/flax.md says of it."""
     x = numbers((4096, 4), "float32", mean=0.0, std=1.0)
     layer = OURS(False, momentum=0.0)
     variables = layer.init(jax.random.key(0), x)

@@ -8,7 +8,12 @@ import pytest
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 # Pages whose examples are in a library that need not be installed.
-NEEDS = {"recipes/haiku.md": "haiku", "recipes/equinox.md": "equinox"}
+NEEDS = {
+    "migrating/haiku.md": "haiku",
+    "migrating/equinox.md": "equinox",
+    "migrating/keras.md": "keras",
+    "migrating/torch.md": "torch",
+}
 PAGES = [
     str(page.relative_to(DOCS))
     for page in sorted(DOCS.rglob("*.md"))
@@ -17,7 +22,7 @@ PAGES = [
 
 
 def test_there_are_pages():
-    assert {*NEEDS, "recipes/plain_jax.md", "flax.md"} <= set(PAGES)
+    assert {*NEEDS, "recipes/plain_jax.md", "migrating/flax.md"} <= set(PAGES)
 
 
 @pytest.mark.parametrize("page", PAGES)
