@@ -59,6 +59,14 @@ def test_cumulative_is_the_mean_of_the_batches(steps):
     assert_close(stats[:2], seen.mean(0), 2e-5, 2e-6)
 
 
+@pytest.mark.usefixtures("x64")
+def test_schedules_are_as_exact_as_jax_is():
+    for step in range(5):
+        own = jaxbn.debiased(0.9)(jnp.int32(step)), jaxbn.cumulative()(jnp.int32(step))
+        truth = 0.9 * (1 - 0.9**step) / (1 - 0.9 ** (step + 1)), step / (step + 1)
+        assert_close(own, truth, 1e-14, 1e-300)
+
+
 def test_debiased_momentum_near_one():
     # Computed as 1 − decay**t, float32 would give 0 / 0 here.
     weight = jaxbn.debiased(1 - 1e-9)(jnp.int32(1))

@@ -56,7 +56,7 @@ def test_imports_go_one_way(path):
 def test_importing_jaxbn_imports_no_flax():
     script = (
         "import sys, jaxbn\n"
-        "loaded = {'flax', 'optax', 'chex'} & set(sys.modules)\n"
+        "loaded = {'flax', 'optax', 'chex', 'torch', 'keras'} & set(sys.modules)\n"
         "assert not loaded, loaded\n"
         "assert 'linen' in dir(jaxbn) and 'nnx' in dir(jaxbn)\n"
         "jaxbn.linen.BatchNorm, jaxbn.nnx.BatchNorm\n"
@@ -71,6 +71,7 @@ def test_an_unknown_name_is_an_attribute_error():
 
 
 EMPTY = inspect.Parameter.empty
+INTEROP = ("equinox", "flax", "haiku", "keras", "optax", "praxis", "tf_nn", "torch")
 
 
 def public():
@@ -78,8 +79,7 @@ def public():
     modules = {
         "jaxbn": jaxbn,
         "jaxbn.layers": jaxbn.layers,
-        "jaxbn.interop.optax": jaxbn.interop.optax,
-        "jaxbn.interop.tf_nn": jaxbn.interop.tf_nn,
+        **{f"jaxbn.interop.{name}": getattr(jaxbn.interop, name) for name in INTEROP},
         "jaxbn.linen": jaxbn.linen,
         "jaxbn.nnx": jaxbn.nnx,
         "jaxbn.population": jaxbn.population,

@@ -49,8 +49,8 @@ def options(
       center: Whether there is a beta.
       scale: Whether there is a gamma.
       fused: Whether it ran in the fused kernel of tf.keras 2, the default there for
-        inputs of rank 4, which tracks the unbiased variance. Its floor of 1.001e-5
-        under epsilon is `jaxbn.interop.tf_nn.fused_batch_norm`'s.
+        inputs of rank 4, which tracks the unbiased variance. Older
+        versions of it took 1.001e-5 for any smaller epsilon.
 
     Returns:
       Options for `jaxbn.layers.standard` and both `BatchNorm` modules. For
