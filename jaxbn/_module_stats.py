@@ -15,15 +15,22 @@ NO_LAYERS = (
 )
 
 
-def layers_of(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Mapping]]:
+def layers_of(tree: Any) -> Iterator[tuple[str, Mapping]]:
     """The dicts of a mean and a variance, those of batch norms, by their paths."""
+    for path, layer in paths_of_layers(tree):
+        yield "/".join(map(str, path)), layer
+
+
+def paths_of_layers(tree: Any, path: tuple = ()) -> Iterator[tuple[tuple, Mapping]]:
+    """The same by paths that are tuples; windows of nnx are no layers."""
     if not isinstance(tree, Mapping):
         return
     arrays = {name for name, part in tree.items() if not isinstance(part, Mapping)}
     if "mean" in arrays and arrays & {"var", "std"}:
-        yield "/".join(path), tree
+        yield path, tree
     for name, part in tree.items():
-        yield from layers_of(part, (*path, str(name)))
+        if name != "batch_moments":
+            yield from paths_of_layers(part, (*path, name))
 
 
 def as_running_stats(values: Mapping[str, Any]) -> RunningStats:

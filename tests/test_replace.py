@@ -110,23 +110,91 @@ def test_linen_under_every_transform(name):
         jax.tree.map(lambda a, b: assert_close(a, b, 1e-4, 1e-5), got, expected)
 
 
-def test_what_was_jitted_before_stays_and_replaced_does_not():
-    model = Block()
+def moved(new):
+    """How far the running mean went towards the batch's."""
+    return new["batch_stats"]["BatchNorm_0"]["mean"] / X.mean(0)
+
+
+class Plain(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.BatchNorm(use_running_average=False, momentum=0.5)(x)
+
+
+class Jitted(nn.Module):
+    """Flax keeps the program of a class for all of its instances."""
+
+    @nn.jit
+    @nn.compact
+    def __call__(self, x):
+        return nn.BatchNorm(use_running_average=False, momentum=0.5)(x)
+
+
+@pytest.mark.parametrize("model", [Plain(), Jitted()], ids=["outside", "inside"])
+def test_what_was_jitted_is_traced_anew(model):
+    """A program belongs to the overrides that it was traced under."""
     variables = model.init(jax.random.key(0), X)
-    step = jax.jit(lambda v: apply(model, v, NAN, mask=MASK)[1])
-    ours = jaxbn.linen.replaced(model)
-    own_step = jax.jit(lambda v: apply(ours, v, NAN, mask=MASK)[1])
-    plain = step(variables)
-    with jaxbn.linen.replace_batch_norm():
-        jax.tree.map(np.testing.assert_array_equal, step(variables), plain)
-        jax.clear_caches()
-        assert not np.array_equal(apply(model, variables)[0], 0 * X)
+    step = jax.jit(lambda v: apply(model, v)[1])
     for _ in range(2):
-        stats = own_step(variables)["batch_stats"]["BatchNorm_0"]
-        assert np.isfinite(stats["mean"]).all()
-    hash(ours)
-    assert ours == jaxbn.linen.replaced(model)
+        assert_close(moved(step(variables)), np.full(4, 0.5), 1e-5)
+        with jaxbn.linen.replace_batch_norm(momentum=0.0):
+            assert_close(moved(step(variables)), np.ones(4), 1e-5)
+        for momentum in (0.25, 0.75):
+            ours = jaxbn.linen.replaced(model, momentum=momentum)
+            new = jax.jit(lambda v, m=ours: apply(m, v)[1])(variables)
+            assert_close(moved(new), np.full(4, 1 - momentum), 1e-5)
+            assert_close(
+                moved(apply(ours, variables)[1]), np.full(4, 1 - momentum), 1e-5
+            )
+
+
+def test_replaced_modules_are_equal_by_value():
+    model = Block()
+    ours = jaxbn.linen.replaced(model)
+    assert hash(ours) == hash(jaxbn.linen.replaced(Block()))
+    assert ours == jaxbn.linen.replaced(Block())
     assert ours != jaxbn.linen.replaced(model, momentum=0.1)
+    assert pickle.loads(pickle.dumps(ours)) == ours
+    assert ours.clone() == ours
+
+
+def test_contexts_in_contexts():
+    """Both hold, and the inner one takes precedence, for both kinds of layers."""
+    for make in (nn.BatchNorm, jaxbn.linen.BatchNorm):
+        model = make(use_running_average=False)
+        variables = model.init(jax.random.key(0), X)
+
+        def mean(ours, variables=variables):
+            return apply(ours, variables)[1]["batch_stats"]["mean"] / X.mean(0)
+
+        outer = jaxbn.linen.replace_batch_norm(momentum=0.0, use_fast_variance=False)
+        for _ in range(2):  # A context may be entered again.
+            with outer, jaxbn.linen.replace_batch_norm(momentum=0.75):
+                assert_close(mean(model), np.full(4, 0.25), 1e-5)
+            with outer, jaxbn.linen.replace_batch_norm(unbiased=True):
+                assert_close(mean(model), np.ones(4), 1e-5)
+            with outer, outer:
+                assert_close(mean(model), np.ones(4), 1e-5)
+        inner = jaxbn.linen.replaced(model, momentum=0.75)
+        assert_close(
+            mean(jaxbn.linen.replaced(inner, momentum=0.0)), np.full(4, 0.25), 1e-5
+        )
+        with outer:
+            assert_close(mean(inner), np.full(4, 0.25), 1e-5)
+        assert_close(mean(model), np.full(4, 0.01), 1e-4)
+
+
+def test_other_interceptors_entered_before():
+    seen = []
+
+    def watch(call, args, kwargs, context):
+        seen.append(type(context.module).__name__)
+        return call(*args, **kwargs)
+
+    model = Plain()
+    with nn.intercept_methods(watch), jaxbn.linen.replace_batch_norm():
+        model.init(jax.random.key(0), X)
+    assert "BatchNorm" in seen
 
 
 def test_replaced_keeps_paths_inside_other_modules():
@@ -172,6 +240,10 @@ def test_methods_of_a_replaced_module():
     with pytest.raises(AttributeError, match="decode"):
         ours.apply(variables, X, method="decode")
     assert ours.bind(variables).encode(X).shape == X.shape
+    assert ours.how == "plain"
+    assert type(ours.scope) is type(model.scope)
+    table = jaxbn.linen.replaced(nn.Sequential([nn.Dense(2)]))
+    assert len(table.layers) == 1
 
 
 def test_overrides_win_in_linen():
@@ -215,13 +287,16 @@ def test_a_model_becomes_synchronized():
 
 def test_intermediates_and_tables_name_each_layer_once():
     model = nn.Sequential([nn.BatchNorm(False), nn.Dense(2)])
-    with jaxbn.linen.replace_batch_norm():
-        variables = model.init(jax.random.key(0), X)
-        _, new = model.apply(
-            variables, X, mutable=["batch_stats"], capture_intermediates=True
-        )
-        table = nn.tabulate(model, jax.random.key(0), compute_flops=False)(X)
-    assert len(new["intermediates"]["layers_0"]["__call__"]) == 1
+    ours = jaxbn.linen.replaced(model)
+    variables = ours.init(jax.random.key(0), X)
+    _, new = ours.apply(
+        variables, X, mutable=["batch_stats"], capture_intermediates=True
+    )
+    _, of_flax = model.apply(
+        variables, X, mutable=["batch_stats"], capture_intermediates=True
+    )
+    assert jax.tree.structure(new) == jax.tree.structure(of_flax)
+    table = nn.tabulate(ours, jax.random.key(0), compute_flops=False)(X)
     assert table.count("layers_0") == 1
 
 
@@ -245,8 +320,14 @@ def test_linen_refuses():
             ours.init(jax.random.key(0), X)
     with pytest.raises(TypeError, match=r"`overrides` has \['axisname'\]"):
         jaxbn.linen.replace_batch_norm(axisname="data")
-    with pytest.raises(TypeError, match=r"`overrides` has \['parent'\]"):
-        jaxbn.linen.replaced(model, parent=None)
+    for fixed in ("parent", "use_running_average", "use_bias", "param_dtype"):
+        with pytest.raises(TypeError, match=rf"`overrides` has \['{fixed}'\]"):
+            jaxbn.linen.replaced(model, **{fixed: None})
+    with pytest.raises(TypeError, match="`momentum` must be hashable"):
+        jaxbn.linen.replaced(model, momentum=jnp.ones(4))
+    bound = Block().bind(Block().init(jax.random.key(0), X))
+    with pytest.raises(ValueError, match="`module`, Block, is bound to variables"):
+        jaxbn.linen.replaced(bound)
     with pytest.raises(TypeError, match=r"`module` must be a `flax.linen.Module`, got"):
         jaxbn.linen.replaced(nnx.BatchNorm(2, rngs=nnx.Rngs(0)))
 
@@ -368,6 +449,49 @@ def test_nnx_windows_and_steps():
     assert own.step is step
     assert int(own.step[...]) == 1
     assert own.momentum == jaxbn.cumulative()
+
+
+def test_nnx_undone_in_order():
+    net = Net(nnx.Rngs(0))
+    before = graph(net)
+    first = jaxbn.nnx.replace_batch_norm(net.first, momentum=0.0)
+    second = jaxbn.nnx.replace_batch_norm(net, momentum=0.1)
+    with pytest.raises(RuntimeError, match="Undo that one first"):
+        first.undo()
+    second.undo()
+    first.undo()
+    assert graph(net) == before
+    for _ in range(2):  # A handle may be entered again.
+        with first:
+            assert net.first.momentum == 0.0
+        assert graph(net) == before
+
+
+class Own(jaxbn.nnx.BatchNorm):
+    """Somebody's own, of jaxbn's."""
+
+
+def test_nnx_takes_subclasses_of_jaxbns():
+    own = Own(4, rngs=nnx.Rngs(0))
+    before = graph(own)
+    with jaxbn.nnx.replace_batch_norm(own, momentum=jnp.zeros(4)):
+        assert type(own) is Own
+        nnx.jit(lambda own, x: own(x))(own, X)
+    assert_close(own.mean[...], X.mean(0), 1e-5)
+    assert graph(own) == before
+
+
+def test_nnx_stacked_layers_and_windows():
+    make = nnx.vmap(lambda _: nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
+    stack = make(jnp.arange(3))
+    call = nnx.vmap(lambda layer, x: layer(x), in_axes=(0, None))
+    with jaxbn.nnx.replace_batch_norm(stack, accumulate=True):
+        call(stack, X)
+        call(stack, X)
+        assert_close(stack.batch_moments["count"][...], np.full((3, 4), 16.0))
+        with jaxbn.nnx.replace_batch_norm(stack, accumulate=True):
+            assert_close(stack.batch_moments["count"][...], np.full((3, 4), 16.0))
+    assert_close(stack.mean[...], 0.01 * np.broadcast_to(X.mean(0), (3, 4)), 1e-4)
 
 
 def test_nnx_refuses():

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from jaxbn._running_stats import RunningStats, debiased
-from jaxbn.interop import _checkpoint
+from jaxbn.interop import _checkpoint, _checks
 from jaxbn.interop._checkpoint import Arrays, Converted
 
-NAMES = {"weight": "scale", "bias": "bias", "mean": "mean", "var": "var"}
+NAMES = {"weight": "scale", "bias": "bias"}
 BATCH = ("batch_counter", "batch_state_index")
 EMA = ("ema_first_time_index", "ema_state_index")
 
@@ -52,7 +52,8 @@ def options(
       `vmap` add `feature_axes=0` and the `axis_name`.
 
     Raises:
-      ValueError: `momentum` is not from 0 to 1, or `mode` neither of the two.
+      ValueError: `momentum` is not from 0 to 1 (below 1 in mode "batch"), `eps` is
+        negative, or `mode` neither of the two.
 
     Example:
       >>> import jaxbn
@@ -62,7 +63,8 @@ def options(
     References:
       https://docs.kidger.site/equinox/api/nn/normalisation/#equinox.nn.BatchNorm
     """
-    _checkpoint.require_share("momentum", momentum)
+    _checks.require_not_negative("eps", eps)
+    _checks.require_share("momentum", momentum, below_1=mode == "batch")
     if mode not in ("batch", "ema"):
         raise ValueError(f"`mode` must be 'batch' or 'ema', got {mode!r}.")
     return {
@@ -128,21 +130,23 @@ def to_jaxbn(
     References:
       https://docs.kidger.site/equinox/api/nn/normalisation/#equinox.nn.BatchNorm
     """
-    present = {name: v for name, v in arrays.items() if v is not None}
+    present = _present(arrays)
     names = EMA if EMA[1] in present else BATCH
-    counter, (mean, var) = _state(present, names)
-    rest = {name: v for name, v in present.items() if name not in names}
-    found = _checkpoint.read(rest | {"mean": mean, "var": var}, NAMES)
+    found = _read(present, names)
+    step = found["step"]
     if names == BATCH:
-        found |= _debiased(found, counter, momentum, correct)
+        found |= _debiased(found, momentum, correct)
     elif momentum is not None or correct:
         raise ValueError(
             "`momentum` and `correct` are for mode 'batch'; the arrays are of mode "
             "'ema', which keeps its averages as they are. Leave them out."
         )
-    elif counter:  # The first time is still to come, and the averages are not set.
-        found |= {"mean": 0 * found["mean"], "var": 0 * found["var"] + 1}
-    found["step"] = np.int32(counter if names == BATCH else not counter)
+    else:
+        # While the first time is to come the averages are not set.
+        first = bool(step)
+        if first:
+            found |= {"mean": 0 * found["mean"], "var": 0 * found["var"] + 1}
+        found["step"] = np.int32(not first)
     found = _checkpoint.tracked(
         found, names[1], unbiased=False, to_unbiased=unbiased, count=count
     )
@@ -188,7 +192,7 @@ def from_jaxbn(
       https://docs.kidger.site/equinox/api/nn/normalisation/#equinox.nn.BatchNorm
     """
     found = _checkpoint.given(params, stats)
-    _checkpoint.require_vectors(found, "Equinox")
+    _checks.require_vectors(found, "Equinox")
     if ("scale" in found) != ("bias" in found):
         raise ValueError(
             f"`params` has {sorted(params)}, but Equinox has both or neither. Add a "
@@ -197,50 +201,65 @@ def from_jaxbn(
     found = _checkpoint.tracked(
         found, "stats.var", unbiased=unbiased, to_unbiased=False, count=count
     )
-    made = {"weight": found.get("scale"), "bias": found.get("bias")}
-    made = {name: np.array(v) for name, v in made.items() if v is not None}
-    mean, var = (np.array(found[name]) for name in ("mean", "var"))
-    if momentum is None:
-        return made | {EMA[0]: not found["step"], EMA[1]: (mean, var)}
-    _checkpoint.require_share("momentum", momentum)
-    _checkpoint.require_step(found, "Equinox")
+    _checks.require_step(found, "Equinox")
+    made = {
+        theirs: np.array(found[ours]) for theirs, ours in NAMES.items() if ours in found
+    }
+    mean, var = np.array(found["mean"]), np.array(found["var"])
     step = int(found["step"])
+    if momentum is None:
+        return made | {EMA[0]: step == 0, EMA[1]: (mean, var)}
+    _checks.require_share("momentum", momentum, below_1=True)
     # At 0 Equinox divides by 1, and starts from 0 and 1.
     share = 1 - momentum**step if step else 1
     hidden = tuple((v * share).astype(v.dtype) for v in (mean, var))
     return made | {BATCH[0]: step, BATCH[1]: hidden}
 
 
-def _state(arrays: Arrays, names: tuple[str, str]) -> tuple[Any, tuple[Any, Any]]:
+def _present(arrays: Any) -> dict[str, Any]:
+    if not isinstance(arrays, Mapping):
+        raise TypeError(
+            f"`arrays` must be a dict by the layer's fields, got "
+            f"{type(arrays).__name__}. Take {list(BATCH)} out of the state, by "
+            "`state.get(layer.batch_counter)`."
+        )
+    return {name: v for name, v in arrays.items() if v is not None}
+
+
+def _read(arrays: Arrays, names: tuple[str, str]) -> dict[str, Any]:
+    """Parameters, mean, var and, as `step`, the counter or the flag."""
     missing = sorted(set(names) - set(arrays))
     if missing:
         raise ValueError(
             f"Not the arrays of one batch norm: {missing} missing, got "
             f"{sorted(arrays)}. Expected {list(BATCH)} or {list(EMA)}."
         )
-    counter = _checkpoint.leaf(names[0], np.asarray(arrays[names[0]], int))
-    hidden = arrays[names[1]]
-    if not isinstance(hidden, (tuple, list)) or len(hidden) != 2 or counter.ndim:
+    counter, pair = names
+    hidden = arrays[pair]
+    if not isinstance(hidden, (tuple, list)) or len(hidden) != 2:
         raise ValueError(
-            f"`{names[1]}` must be a pair (mean, var), and `{names[0]}` one number, as "
-            "`state.get` returns them."
+            f"`{pair}` must be a pair (mean, var), as `state.get` returns it, got "
+            f"{type(hidden).__name__}."
         )
-    return int(counter), (hidden[0], hidden[1])
+    parts = {f"{pair}[0]": hidden[0], f"{pair}[1]": hidden[1]}
+    rest = {name: v for name, v in arrays.items() if name != pair}
+    table = NAMES | {f"{pair}[0]": "mean", f"{pair}[1]": "var", counter: "step"}
+    if names == EMA and _checkpoint.leaf(counter, arrays[counter]):
+        # Not set yet, so that anything may be in them.
+        shape = _checkpoint.leaf(f"{pair}[0]", hidden[0]).shape
+        parts = dict.fromkeys(parts, np.ones(shape, np.float32))
+    return _checkpoint.read(rest | parts, table)
 
 
-def _debiased(
-    found: Arrays, counter: int, momentum: float | None, correct: bool
-) -> dict[str, Any]:
+def _debiased(found: Arrays, momentum: float | None, correct: bool) -> dict[str, Any]:
     if momentum is None:
         raise ValueError(
             "`momentum` is needed in mode 'batch': what Equinox keeps is to be divided "
             "by 1 − momentum**batch_counter. Pass that of the layer."
         )
-    _checkpoint.require_share("momentum", momentum)
-    if counter < 0:
-        raise ValueError(f"`batch_counter` must be at least 0, got {counter}.")
-    kept = momentum**counter
-    if not counter or kept == 1:  # Equinox divides by 1 before the first update.
+    _checks.require_share("momentum", momentum, below_1=True)
+    kept = momentum ** int(found["step"])
+    if kept == 1:  # Equinox divides by 1 before the first update.
         return {}
     mean, var = found["mean"], found["var"]
     if correct:

@@ -19,13 +19,16 @@ import numpy as np
 from jaxbn import _module_stats
 from jaxbn._running_stats import RunningStats
 from jaxbn.interop import _checkpoint
-from jaxbn.interop._checkpoint import Arrays, Converted
+from jaxbn.interop._checkpoint import Arrays, Converted, Params
+from jaxbn.layers import RenormStats
 
 PARAMS = {"scale": "scale", "bias": "bias"}
 STATS = {"mean": "mean", "var": "var", "step": "step"}
 
 
-def to_jaxbn(variables: Mapping[str, Any]) -> Converted:
+def to_jaxbn(
+    variables: Mapping[str, Any],
+) -> Converted | tuple[Params, RenormStats]:
     """The variables of one batch norm as parameters and statistics of jaxbn.
 
     Args:
@@ -36,7 +39,8 @@ def to_jaxbn(variables: Mapping[str, Any]) -> Converted:
 
     Returns:
       `(params, stats)`, as `init` of `jaxbn.layers.standard` returns them. The variance
-      is taken as it is; Flax tracks the biased one.
+      is taken as it is; Flax tracks the biased one. Of jaxbn's `BatchRenorm`, as
+      `jaxbn.layers.renorm` has them.
 
     Raises:
       TypeError: A value is no array of numbers.
@@ -53,6 +57,11 @@ def to_jaxbn(variables: Mapping[str, Any]) -> Converted:
     References:
       https://flax-linen.readthedocs.io/en/latest/guides/training_techniques/batch_norm.html
     """
+    if not isinstance(variables, Mapping):
+        raise TypeError(
+            f"`variables` must be a dict, got {type(variables).__name__}. Of an nnx "
+            "layer, pass `nnx.to_pure_dict(nnx.state(layer))`."
+        )
     if "batch_stats" not in variables:
         return _to_jaxbn(variables, "")
     unknown = sorted(set(variables) - {"params", "batch_stats"})
@@ -102,7 +111,9 @@ def from_jaxbn(
     }
 
 
-def batch_norms(variables: Mapping[str, Any]) -> dict[str, Converted]:
+def batch_norms(
+    variables: Mapping[str, Any],
+) -> dict[str, Converted | tuple[Params, RenormStats]]:
     """Every batch norm of a model, found by its mean and variance.
 
     Args:
@@ -127,28 +138,37 @@ def batch_norms(variables: Mapping[str, Any]) -> dict[str, Converted]:
     References:
       https://flax-linen.readthedocs.io/en/latest/guides/training_techniques/batch_norm.html
     """
+    if not isinstance(variables, Mapping):
+        raise TypeError(
+            f"`variables` must be a dict, got {type(variables).__name__}. Of an nnx "
+            "model, pass `nnx.to_pure_dict(nnx.state(model))`."
+        )
     linen = "batch_stats" in variables
     stats = variables["batch_stats"] if linen else variables
     found = {}
-    for path, own in _module_stats.layers_of(stats):
-        params = _at(variables.get("params", {}), path) if linen else {}
+    for path, own in _module_stats.paths_of_layers(stats):
+        arrays = {**_at(variables.get("params", {}), path), **own} if linen else own
         # Linen lets a module have submodules beside its variables.
-        arrays = {name: v for name, v in {**params, **own}.items() if not _is_dict(v)}
-        found[path] = _to_jaxbn(arrays, path and f"{path}/")
+        arrays = {k: v for k, v in arrays.items() if not isinstance(v, Mapping)}
+        name = "/".join(map(str, path))
+        found[name] = _to_jaxbn(arrays, name and f"{name}/")
     if not found:
         raise ValueError(_module_stats.NO_LAYERS.format("`variables`", "flax"))
     return found
 
 
-def _to_jaxbn(arrays: Arrays, at: str) -> Converted:
-    return _checkpoint.layer_state(_checkpoint.read(arrays, PARAMS | STATS, at))
+def _to_jaxbn(arrays: Arrays, at: str) -> Converted | tuple[Params, RenormStats]:
+    if "std" not in arrays:
+        return _checkpoint.layer_state(_checkpoint.read(arrays, PARAMS | STATS, at))
+    # Named var for the checks, which are the same for a deviation.
+    table = PARAMS | STATS | {"std": "var"}
+    table.pop("var")
+    found = _checkpoint.read(arrays, table, at)
+    params, stats = _checkpoint.layer_state(found)
+    return params, RenormStats(*stats)
 
 
-def _at(tree: Mapping[str, Any], path: str) -> Mapping[str, Any]:
-    for name in filter(None, path.split("/")):
-        tree = tree.get(name, {})
-    return tree
-
-
-def _is_dict(value: Any) -> bool:
-    return isinstance(value, Mapping)
+def _at(tree: Any, path: tuple[Any, ...]) -> Mapping[str, Any]:
+    for name in path:
+        tree = tree.get(name, {}) if isinstance(tree, Mapping) else {}
+    return tree if isinstance(tree, Mapping) else {}

@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxbn import _axes
 from jaxbn._running_stats import RunningStats, debiased
-from jaxbn.interop import _checkpoint
+from jaxbn.interop import _checkpoint, _checks
 from jaxbn.interop._checkpoint import Arrays, Converted
 
 NAMES = {"scale": "scale", "offset": "bias"}
@@ -49,7 +49,7 @@ def options(
       are the *reduced* axes; jaxbn's `feature_axes` are the others.
 
     Raises:
-      ValueError: `decay_rate` is not in [0, 1).
+      ValueError: `decay_rate` is not in [0, 1), or `eps` is negative.
 
     Example:
       >>> import jaxbn
@@ -61,7 +61,8 @@ def options(
     References:
       https://dm-haiku.readthedocs.io/en/latest/api.html#batchnorm
     """
-    _checkpoint.require_share("decay_rate", decay_rate)
+    _checks.require_not_negative("eps", eps)
+    _checks.require_share("decay_rate", decay_rate, below_1=True)
     return {
         "momentum": debiased(decay_rate),
         "epsilon": eps,
@@ -160,14 +161,19 @@ def from_jaxbn(
     References:
       https://dm-haiku.readthedocs.io/en/latest/api.html#batchnorm
     """
-    _checkpoint.require_share("decay_rate", decay_rate)
+    _checks.require_share("decay_rate", decay_rate, below_1=True)
     found = _checkpoint.given(params, stats)
-    _checkpoint.require_step(found, "Haiku")
+    _checks.require_step(found, "Haiku")
     found = _checkpoint.tracked(
         found, "stats.var", unbiased=unbiased, to_unbiased=False, count=count
     )
     axes = _axes.canonical(feature_axes, ndim)
     reduced = _axes.others(axes, ndim)
+    if found["mean"].ndim != len(axes):
+        raise ValueError(
+            f"`feature_axes`, {axes}, are {len(axes)}, but `stats.mean` has shape "
+            f"{found['mean'].shape}. Name as many as it has axes."
+        )
 
     def kept(array: np.ndarray) -> np.ndarray:
         return np.array(np.expand_dims(array, reduced))
@@ -220,29 +226,29 @@ def batch_norms(
     References:
       https://dm-haiku.readthedocs.io/en/latest/api.html#transform-with-state
     """
-    found = {}
-    for key in state:
+    layers: dict[str, dict[str, Any]] = {}
+    for key, value in state.items():
         name, _, last = key.rpartition("/~/")
-        if last in AVERAGES and name not in found:
-            averages = {
-                ema: state[f"{name}/~/{ema}"]
-                for ema in AVERAGES
-                if f"{name}/~/{ema}" in state
-            }
-            n = count.get(name) if isinstance(count, Mapping) else count
-            arrays = {**params.get(name, {}), **averages}
-            found[name] = _to_jaxbn(arrays, f"{name}/", feature_axes, unbiased, n)
-    if not found:
+        if last in AVERAGES:
+            layers.setdefault(name, {**params.get(name, {})})[last] = value
+    if not layers:
         raise ValueError(
             f"`state` has no batch norm: no key ends in '/~/mean_ema'; got "
             f"{sorted(state)}. Pass the state of `hk.transform_with_state`."
         )
+    _checks.require_counts(count, layers)
+    found = {}
+    for name, arrays in layers.items():
+        n = count.get(name) if isinstance(count, Mapping) else count
+        found[name] = _to_jaxbn(arrays, f"{name}/", feature_axes, unbiased, n)
     return found
 
 
 def _to_jaxbn(
     arrays: Arrays, at: str, feature_axes: _axes.Axes, unbiased: bool, count: Any
 ) -> Converted:
+    if not isinstance(arrays, Mapping):
+        raise TypeError(f"`arrays` must be a dict, got {type(arrays).__name__}.")
     flat = {**arrays}
     for ema in AVERAGES:
         fields = flat.pop(ema, None)
@@ -254,7 +260,9 @@ def _to_jaxbn(
     names |= {"mean_ema/counter": "step"}
     other = flat.pop("var_ema/counter", None)
     found = _checkpoint.read(flat, names, at)
-    if int(other) != int(found["step"]):  # type: ignore  (read found its average)
+    if not np.array_equal(
+        _checkpoint.leaf(f"{at}var_ema/counter", other), found["step"]
+    ):
         raise ValueError(
             f"`{at}mean_ema/counter` is {found['step']}, but `{at}var_ema/counter` "
             f"{other}. jaxbn counts the updates of both in one step."

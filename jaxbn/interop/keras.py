@@ -8,7 +8,7 @@ backend; what goes back are NumPy arrays in the order of `layer.set_weights`.
 | momentum | weight of the old value, 0.99 | the same |
 | epsilon | 1e-3 | 1e-5 |
 | running variance | biased; unbiased in the fused kernel of tf.keras 2 | `unbiased` |
-| renorm | four arrays more, two momenta | `layers.renorm`, one momentum |
+| renorm | three arrays more, two momenta | `layers.renorm`, one momentum |
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._running_stats import RunningStats
-from jaxbn.interop import _checkpoint
+from jaxbn.interop import _checkpoint, _checks
 from jaxbn.interop._checkpoint import Arrays, Converted, Params
 from jaxbn.layers import RenormStats
 
@@ -28,7 +28,11 @@ NAMES = {
     "moving_mean": "mean",
     "moving_variance": "var",
 }
-RENORM = ("moving_stddev", "renorm_mean", "renorm_stddev")
+RENORM = {
+    "moving_stddev": "moving_std",
+    "renorm_mean": "renorm_mean",
+    "renorm_stddev": "std",
+}
 
 
 def options(
@@ -56,10 +60,10 @@ def options(
       Options for `jaxbn.layers.standard` and both `BatchNorm` modules. For
       `renorm=True` leave `unbiased` out, pass the others to `jaxbn.layers.renorm`, and
       rmax and dmax of `renorm_clipping` as `r_max` and `d_max`, `jnp.inf` where they
-      are not given.
+      are not given. Where rmin is not 1/rmax, no option is equal to it.
 
     Raises:
-      ValueError: `momentum` is not from 0 to 1.
+      ValueError: `momentum` is not from 0 to 1, or `epsilon` is negative.
 
     Example:
       >>> import jaxbn
@@ -70,7 +74,8 @@ def options(
     References:
       https://keras.io/api/layers/normalization_layers/batch_normalization/
     """
-    _checkpoint.require_share("momentum", momentum)
+    _checks.require_not_negative("epsilon", epsilon)
+    _checks.require_share("momentum", momentum)
     return {
         "momentum": momentum,
         "epsilon": epsilon,
@@ -92,7 +97,8 @@ def to_jaxbn(
     Args:
       arrays: A dict by the variables' names, `{v.name: v for v in layer.weights}`, or
         the list of `layer.get_weights()`, if it has both gamma and beta or neither.
-      fused: Whether the fused kernel of tf.keras 2 tracked the variance, unbiased.
+      fused: Whether the fused kernel of tf.keras 2 tracked the variance, unbiased. Not
+        for renorm, like the two that follow.
       unbiased: Whether the layer that goes on from here tracks the unbiased variance;
         by default it does as the old one did.
       count: The number of values per feature in a training batch, where that differs.
@@ -119,9 +125,10 @@ def to_jaxbn(
       https://keras.io/api/layers/normalization_layers/batch_normalization/
     """
     arrays = _by_name(arrays)
-    extra = {name: arrays[name] for name in RENORM if name in arrays}
-    rest = {name: v for name, v in arrays.items() if name not in extra}
-    found = _checkpoint.read(rest, NAMES)
+    if any(arrays.get(name) is not None for name in RENORM):
+        _require_no_conversion(fused, bool(unbiased), count)
+        return _renormed(arrays)
+    found = _checkpoint.read(arrays, NAMES)
     found = _checkpoint.tracked(
         found,
         "moving_variance",
@@ -129,8 +136,7 @@ def to_jaxbn(
         to_unbiased=fused if unbiased is None else unbiased,
         count=count,
     )
-    params, stats = _checkpoint.layer_state(found)
-    return (params, _renormed(found, extra)) if extra else (params, stats)
+    return _checkpoint.layer_state(found)
 
 
 def from_jaxbn(
@@ -178,24 +184,37 @@ def from_jaxbn(
         )
     renorm = {}
     if isinstance(stats, RenormStats):
-        mean, std = np.asarray(stats.mean), np.asarray(stats.std)
-        renorm = dict(zip(RENORM, (std, mean, std), strict=True))
+        _require_no_conversion(fused, unbiased, count)
+        std = _checkpoint.leaf("stats.std", stats.std)
+        _checks.require_at_least_0("stats.std", std)
+        renorm = dict(zip(RENORM, (std, stats.mean, std), strict=True))
         # As Keras does: rounding may leave less than epsilon.
-        var = jnp.maximum(jnp.square(stats.std) - (epsilon or 0.0), 0)
-        stats = RunningStats(stats.mean, var, stats.step)
+        var = np.maximum(np.square(std) - np.asarray(epsilon, std.dtype), 0)
+        stats = RunningStats(stats.mean, jnp.asarray(var), stats.step)
     found = _checkpoint.given(params, stats)
-    _checkpoint.require_vectors(found, "Keras")
+    _checks.require_vectors(found, "Keras")
     found = _checkpoint.tracked(
         found, "stats.var", unbiased=unbiased, to_unbiased=fused, count=count
     )
     made = {theirs: found[ours] for theirs, ours in NAMES.items() if ours in found}
-    return {name: _checkpoint.written(v) for name, v in (made | renorm).items()}
+    return {name: np.array(v) for name, v in (made | renorm).items()}
 
 
 def _by_name(arrays: Arrays | Sequence[Any]) -> dict[str, Any]:
     if isinstance(arrays, Mapping):
         # tf.keras 2 has paths for names: "batch_normalization/gamma:0".
-        return {k.rpartition("/")[2].partition(":")[0]: v for k, v in arrays.items()}
+        short = [key.rpartition("/")[2].partition(":")[0] for key in arrays]
+        if len(set(short)) < len(short):
+            raise ValueError(
+                f"`arrays` has two of a name: {sorted(arrays)}. Pass the weights of "
+                "one layer at a time."
+            )
+        return dict(zip(short, arrays.values(), strict=True))
+    if not isinstance(arrays, Sequence):
+        raise TypeError(
+            "`arrays` must be a dict or a list of arrays, got "
+            f"{type(arrays).__name__}. Pass `{{v.name: v for v in layer.weights}}`."
+        )
     names = [*NAMES, *RENORM]
     orders = {len(o): o for o in (names[2:4], names[:4], names[2:], names)}
     if len(arrays) not in orders:
@@ -206,27 +225,29 @@ def _by_name(arrays: Arrays | Sequence[Any]) -> dict[str, Any]:
     return dict(zip(orders[len(arrays)], arrays, strict=True))
 
 
-def _renormed(found: Mapping[str, Any], extra: Mapping[str, Any]) -> RenormStats:
-    missing = sorted(set(RENORM) - set(extra))
+def _renormed(arrays: Arrays) -> tuple[Params, RenormStats]:
+    missing = sorted(name for name in RENORM if arrays.get(name) is None)
     if missing:
         raise ValueError(f"Not the arrays of one renorm layer: {missing} missing.")
-    given = {name: _checkpoint.leaf(name, extra[name]) for name in RENORM}
-    for name, array in given.items():
-        if array.shape != found["mean"].shape:
-            raise ValueError(
-                f"`{name}` has shape {array.shape}, but `moving_mean` "
-                f"{found['mean'].shape}: all must be of the same features."
-            )
-    if not np.all(given["renorm_stddev"] >= 0):
-        raise ValueError("`renorm_stddev` is negative or NaN, which no deviation is.")
-    same = {"renorm_mean": found["mean"], "renorm_stddev": given["moving_stddev"]}
-    for name, moving in same.items():
-        if not np.allclose(given[name], moving, rtol=1e-5, atol=1e-6):
+    found = _checkpoint.read(arrays, NAMES | RENORM)
+    for name in ("moving_stddev", "renorm_stddev"):
+        _checks.require_at_least_0(name, found[RENORM[name]])
+    pairs = {"renorm_mean": "mean", "renorm_stddev": "moving_std"}
+    for name, moving in pairs.items():
+        if not np.allclose(found[RENORM[name]], found[moving], rtol=1e-5, atol=1e-6):
             raise ValueError(
                 f"`{name}` is not the moving average of the same: Keras kept two, by "
                 "`momentum` for inference and `renorm_momentum` for training, where "
                 "jaxbn keeps one. For inference, or to go on without renorm, leave out "
                 f"{list(RENORM)}."
             )
-    mean, std = (jnp.asarray(given[n]) for n in ("renorm_mean", "renorm_stddev"))
-    return RenormStats(mean, std, jnp.zeros((), jnp.int32))
+    params, stats = _checkpoint.layer_state(found)
+    return params, RenormStats(stats.mean, jnp.asarray(found["std"]), stats.step)
+
+
+def _require_no_conversion(fused: bool, unbiased: bool, count: Any) -> None:
+    if fused or unbiased or count is not None:
+        raise ValueError(
+            "`fused`, `unbiased` and `count` are not for renorm, whose standard "
+            "deviation is that of the biased variance in both libraries."
+        )

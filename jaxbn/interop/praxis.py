@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxbn._running_stats import RunningStats
-from jaxbn.interop import _checkpoint
+from jaxbn.interop import _checkpoint, _checks
 from jaxbn.interop._checkpoint import Arrays, Converted
 
 NAMES = {
@@ -51,7 +51,7 @@ def options(*, decay: float = 0.999) -> dict[str, Any]:
     References:
       https://github.com/google/praxis/blob/main/praxis/layers/normalizations.py
     """
-    _checkpoint.require_share("decay", decay)
+    _checks.require_share("decay", decay)
     return {"momentum": decay, "epsilon": 1e-3, "unbiased": False}
 
 
@@ -137,14 +137,12 @@ def from_jaxbn(
       https://github.com/google/praxis/blob/main/praxis/layers/normalizations.py
     """
     found = _checkpoint.given(params, stats)
-    _checkpoint.require_vectors(found, "Praxis")
+    _checks.require_vectors(found, "Praxis")
     if minus_one and "scale" in found:
         found["scale"] = found["scale"] - np.asarray(1, found["scale"].dtype)
     found = _checkpoint.tracked(
         found, "stats.var", unbiased=unbiased, to_unbiased=False, count=count
     )
     return {
-        theirs: _checkpoint.written(found[ours])
-        for theirs, ours in NAMES.items()
-        if ours in found
+        theirs: np.array(found[ours]) for theirs, ours in NAMES.items() if ours in found
     }

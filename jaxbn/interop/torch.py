@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jaxbn._running_stats import RunningStats, cumulative
-from jaxbn.interop import _checkpoint
+from jaxbn.interop import _checkpoint, _checks
 from jaxbn.interop._checkpoint import Arrays, Converted
 
 NAMES = {
@@ -56,7 +56,7 @@ def options(
       are axis 1: where they stay there, add `feature_axes=1` (`axis=1` in a module).
 
     Raises:
-      ValueError: `momentum` is not from 0 to 1.
+      ValueError: `momentum` is not from 0 to 1, or `eps` is negative.
 
     Example:
       >>> import jaxbn
@@ -67,8 +67,9 @@ def options(
     References:
       https://docs.pytorch.org/docs/stable/generated/torch.nn.BatchNorm2d.html
     """
+    _checks.require_not_negative("eps", eps)
     if momentum is not None:
-        _checkpoint.require_share("momentum", momentum)
+        _checks.require_share("momentum", momentum)
     made: dict[str, Any] = {
         "momentum": cumulative() if momentum is None else 1 - momentum,
         "epsilon": eps,
@@ -125,7 +126,8 @@ def from_jaxbn(
 
     Args:
       params: "scale" and "bias", "scale" alone, or neither.
-      stats: The running statistics.
+      stats: The running statistics. Their `step` becomes num_batches_tracked, which
+        torch needs for `momentum=None` alone: at 0 the next batch replaces them.
       unbiased: Whether they were tracked with `unbiased=True`. If not, torch needs
         var·n/(n − 1).
       count: That n, the number of values per feature in a training batch; with
@@ -150,7 +152,7 @@ def from_jaxbn(
       https://docs.pytorch.org/docs/stable/generated/torch.nn.BatchNorm2d.html
     """
     found = _checkpoint.given(params, stats)
-    _checkpoint.require_vectors(found, "torch")
+    _checks.require_vectors(found, "torch")
     if "bias" in found and "scale" not in found:
         raise ValueError(
             "`params` has 'bias' and no 'scale', which torch's batch norm cannot have. "
@@ -161,9 +163,7 @@ def from_jaxbn(
     )
     found["step"] = found["step"].astype(np.int64)
     return {
-        theirs: _checkpoint.written(found[ours])
-        for theirs, ours in NAMES.items()
-        if ours in found
+        theirs: np.array(found[ours]) for theirs, ours in NAMES.items() if ours in found
     }
 
 
@@ -183,7 +183,8 @@ def batch_norms(
     Returns:
       A dict from the prefix of a layer, such as "layer1.0.bn1", to its `(params,
       stats)`, in the order of the state dict. Instance norms with running statistics
-      have the same keys, and are found as well.
+      have the same keys, and are found as well; batch norms without
+      (`track_running_stats=False`) have none of their own, and are not.
 
     Raises:
       TypeError: As for `to_jaxbn`.
@@ -202,20 +203,27 @@ def batch_norms(
     References:
       https://docs.pytorch.org/docs/stable/generated/torch.nn.Module.html#torch.nn.Module.state_dict
     """
-    layers: dict[str, dict[str, Any]] = {}
-    for key, value in state_dict.items():
+    modules: dict[str, dict[str, Any]] = {}
+    for key, value in _checked(state_dict).items():
         prefix, _, name = key.rpartition(".")
-        layers.setdefault(prefix, {})[name] = value
-    found = {}
-    for prefix, arrays in layers.items():
-        if any(arrays.get(mark) is not None for mark in MARKS):
-            n = count.get(prefix) if isinstance(count, Mapping) else count
-            found[prefix] = _to_jaxbn(arrays, prefix and f"{prefix}.", unbiased, n)
-    if not found:
+        modules.setdefault(prefix, {})[name] = value
+    layers = {
+        prefix: arrays
+        for prefix, arrays in modules.items()
+        if any(arrays.get(mark) is not None for mark in MARKS)
+    }
+    if not layers:
+        nested = [key for key, v in state_dict.items() if isinstance(v, Mapping)]
+        hint = f" Perhaps it is under one of {nested}." if nested else ""
         raise ValueError(
             f"`state_dict` has no batch norm: none of its {len(state_dict)} keys ends "
-            "in running_mean. Pass the `state_dict()` of a model."
+            f"in running_mean. Pass the `state_dict()` of a model.{hint}"
         )
+    _checks.require_counts(count, layers)
+    found = {}
+    for prefix, arrays in layers.items():
+        n = count.get(prefix) if isinstance(count, Mapping) else count
+        found[prefix] = _to_jaxbn(arrays, prefix and f"{prefix}.", unbiased, n)
     return found
 
 
@@ -250,12 +258,27 @@ def frozen_to_jaxbn(arrays: Arrays, *, eps: float = 1e-5) -> Converted:
     References:
       https://detectron2.readthedocs.io/en/latest/modules/layers.html#detectron2.layers.FrozenBatchNorm2d
     """
-    if not eps >= 0:
-        raise ValueError(f"`eps` must be at least 0, got {eps}.")
-    if "running_var" in arrays:
+    _checks.require_not_negative("eps", eps)
+    if isinstance(arrays, Mapping) and arrays.get("running_var") is not None:
         var = _checkpoint.leaf("running_var", arrays["running_var"])
+        if np.any(var + eps < 0):
+            raise ValueError(
+                f"`running_var` has {var.min()}, which with `eps`, {eps}, is still "
+                "below 0. Pass the eps that was subtracted from it."
+            )
         arrays = {**arrays, "running_var": var + np.asarray(eps, var.dtype)}
     return to_jaxbn(arrays)
+
+
+def _checked(state_dict: Any) -> Mapping[str, Any]:
+    if not isinstance(state_dict, Mapping) or not all(
+        isinstance(key, str) for key in state_dict
+    ):
+        raise TypeError(
+            "`state_dict` must be a dict from names to tensors, got "
+            f"{type(state_dict).__name__}. Pass `model.state_dict()`."
+        )
+    return state_dict
 
 
 def _to_jaxbn(arrays: Arrays, at: str, unbiased: bool, count: Any) -> Converted:

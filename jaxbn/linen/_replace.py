@@ -1,40 +1,49 @@
 """jaxbn's arithmetic in models that are made of Flax's batch norm."""
 
 import dataclasses
+import inspect
 import types
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import flax.linen as nn
+import jax
 
 from jaxbn import _flax_fields
 from jaxbn.linen._batch_norm import BatchNorm
 
-FIELDS = {f.name for f in dataclasses.fields(BatchNorm)} - {"parent", "name"}
+# What the call says, and what decides which variables there are.
+FIXED = {"parent", "name", "use_running_average", "use_bias", "use_scale"}
+FIXED |= {"param_dtype", "bias_init", "scale_init"}
+FIELDS = {f.name for f in dataclasses.fields(BatchNorm)} - FIXED
+
+# The overrides in force, or None. JAX traces anew what it has traced under others.
+_overrides = jax.make_user_context(None)
 
 
-def replace_batch_norm(**overrides: Any) -> AbstractContextManager[None]:
+def replace_batch_norm(**overrides: Any) -> "Context":
     """A context in which every `flax.linen.BatchNorm` computes as jaxbn's.
 
     Paths, variables and initial values stay those of the model, a third party's
-    included. It holds for `init` and `apply`, and inside Flax's and JAX's transforms,
-    but only while they trace: a function that `jax.jit` has traced before keeps what it
-    has, and one that it traces inside keeps jaxbn's. Where that may happen, make the
-    model with `replaced`.
+    included. It holds for `init` and `apply`, under Flax's and JAX's transforms, and
+    only while they trace: what `jax.jit` has traced outside is traced anew inside, and
+    back. Other interceptors of `nn.intercept_methods` must be entered before it; those
+    that are entered inside do not see the calls of batch norms.
 
     Args:
       **overrides: Fields of `jaxbn.linen.BatchNorm` that take precedence over those of
-        the model's layers: `axis_name="data"`, `use_fast_variance=False`. Layers that
-        are jaxbn's already take them as well. Of several contexts, one in the other,
-        the inner one counts.
+        the model's layers: `axis_name="data"`, `use_fast_variance=False`. They must be
+        hashable. Layers that are `jaxbn.linen.BatchNorm` already take them as well;
+        jaxbn's other layers do not. In a context inside another one both hold, and the
+        inner one takes precedence.
 
     Returns:
       A context manager.
 
     Raises:
-      TypeError: `overrides` has what is no field. While tracing: a layer is of a
+      TypeError: `overrides` has what is no field or is not hashable, or what a layer
+        cannot change without changing its variables. While tracing: a layer is of a
         subclass of Flax's that is not known here, which may compute something else.
 
     Example:
@@ -51,25 +60,28 @@ def replace_batch_norm(**overrides: Any) -> AbstractContextManager[None]:
     References:
       https://flax-linen.readthedocs.io/en/latest/api_reference/flax.linen/module.html#flax.linen.intercept_methods
     """
-    return nn.intercept_methods(partial(_intercept, _checked(overrides)))
+    return Context(_checked(overrides))
 
 
 def replaced(module: nn.Module, **overrides: Any) -> nn.Module:
     """A model in which every `flax.linen.BatchNorm` computes as jaxbn's.
 
-    It wraps a model, and calls it in its place inside `replace_batch_norm`. Being a
-    module of its own, it is traced on its own, so that it is safe under `jax.jit`.
+    It wraps a model, stands in its place, and calls it inside `replace_batch_norm`, so
+    that nothing else is to be changed: not where it is initialized, jitted or called.
 
     Args:
-      module: A model, made outside or inside another module.
+      module: A model, made outside or inside another module; not one that `bind`
+        returned. A submodule that is also used outside of it is another one there.
       **overrides: As for `replace_batch_norm`.
 
     Returns:
-      A module with the call and the methods of `module`, whose variables are at the
-      paths where `module` has them: it takes the same checkpoints.
+      A module with the call, the methods and the fields of `module`, whose variables
+      are at the paths where `module` has them: it takes the same checkpoints. Methods
+      are called by name (`apply(..., method="encode")`) or as its own.
 
     Raises:
       TypeError: `module` is no linen module, or as for `replace_batch_norm`.
+      ValueError: `module` is bound to variables.
 
     Example:
       >>> import flax.linen as nn, jax, jaxbn, jax.numpy as jnp
@@ -88,8 +100,34 @@ def replaced(module: nn.Module, **overrides: Any) -> nn.Module:
             f"`module` must be a `flax.linen.Module`, got {type(module).__name__}. For "
             "nnx there is `jaxbn.nnx.replace_batch_norm`."
         )
-    given = tuple(sorted(_checked(overrides).items()))
-    return Replaced(Unbound(module) if module.scope is None else module, given)
+    given = _checked(overrides)
+    made = Replaced(Unbound(module) if module.scope is None else module, given)
+    if module.scope is not None and made.scope is None:
+        raise ValueError(
+            f"`module`, {type(module).__name__}, is bound to variables. Pass the "
+            "module itself, and bind what `replaced` returns."
+        )
+    return made
+
+
+class Context:
+    """Holds the interceptor and the overrides in force, each time it is entered."""
+
+    def __init__(self, overrides: tuple):
+        self.overrides = overrides
+        self.entered: list[ExitStack] = []
+
+    def __enter__(self) -> None:
+        """Adds the overrides to those in force."""
+        merged = dict(_overrides.value or ()) | dict(self.overrides)
+        with ExitStack() as stack:
+            stack.enter_context(_overrides(tuple(sorted(merged.items()))))
+            stack.enter_context(nn.intercept_methods(_intercept))
+            self.entered.append(stack.pop_all())
+
+    def __exit__(self, *error: Any) -> None:
+        """Puts back those of before."""
+        self.entered.pop().__exit__(*error)
 
 
 class Unbound:
@@ -109,49 +147,52 @@ class Unbound:
 
 
 class Replaced(nn.Module):
-    """A module that calls another one, in its own scope, by `replace_batch_norm`."""
+    """A module that calls another one, in its own scope, by `replace_batch_norm`.
+
+    `nn.share_scope` would put the variables of the other one in this scope, but leave
+    the keys and the paths of a child to what is inside it.
+    """
 
     module: nn.Module | Unbound
     overrides: tuple[tuple[str, Any], ...]
 
-    def setup(self):
-        """Takes the place of the module in the tree of variables.
-
-        `nn.share_scope` would do so for variables, but leave the keys and the paths of
-        a child to what is inside the module.
-        """
-        inner = self.module
-        if isinstance(inner, Unbound):
-            inner = inner.module.clone(parent=self.scope)
-        object.__setattr__(self, "bound", inner)
-
+    @nn.nowrap
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the module."""
-        with replace_batch_norm(**dict(self.overrides)):
-            return self.bound(*args, **kwargs)
+        return self._call_method("__call__", *args, **kwargs)
 
-    def call_method(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """Calls a method of the module."""
-        with replace_batch_norm(**dict(self.overrides)):
-            return getattr(self.bound, name)(*args, **kwargs)
+    @nn.nowrap
+    def _call_method(self, method: str, /, *args: Any, **kwargs: Any) -> Any:
+        inner = vars(self).get("_inner")
+        if inner is None:
+            inner = self.module
+            if isinstance(inner, Unbound):
+                inner = inner.module.clone(parent=self.scope)
+            object.__setattr__(self, "_inner", inner)
+        with Context(self.overrides):
+            return getattr(inner, method)(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        """The methods of the module."""
+        """Methods and fields of the module, which for submodules would be Flax's."""
         inner = vars(self).get("module")
         inner = inner.module if isinstance(inner, Unbound) else inner
-        if name.startswith("_") or not callable(getattr(type(inner), name, None)):
+        value = inspect.getattr_static(inner, name, inner)
+        if name.startswith("_") or isinstance(value, nn.Module):
             return super().__getattr__(name)
+        if not inspect.isfunction(value) or hasattr(value, "nowrap"):
+            return getattr(inner, name)
 
-        def method(self, *args: Any, **kwargs: Any) -> Any:
-            return self.call_method(name, *args, **kwargs)
+        def call(self, /, *args: Any, **kwargs: Any) -> Any:
+            return self._call_method(name, *args, **kwargs)
 
-        return types.MethodType(method, self)
+        return types.MethodType(call, self)
 
 
-def _intercept(overrides: Mapping[str, Any], call, args, kwargs, context) -> Any:
+def _intercept(call, args, kwargs, context) -> Any:
     module = context.module
     if context.method_name != "__call__" or not isinstance(module, nn.BatchNorm):
         return call(*args, **kwargs)
+    overrides = dict(_overrides.value)
     if isinstance(module, BatchNorm):
         with _lent(module, type(module), overrides):
             return call(*args, **kwargs)
@@ -185,20 +226,30 @@ def _lent(module: nn.Module, kind: type, overrides: Mapping[str, Any]) -> Iterat
         yield
     finally:
         for name in overrides:
-            object.__delattr__(module, name)
+            vars(module).pop(name, None)
         for name, value in kept.items():
             object.__setattr__(module, name, value)
         object.__setattr__(module, "__class__", own)
 
 
-def _checked(overrides: Mapping[str, Any]) -> dict[str, Any]:
+def _checked(overrides: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     unknown = sorted(set(overrides) - FIELDS)
     if unknown:
         raise TypeError(
             f"`overrides` has {unknown}, which are no fields of "
-            f"`jaxbn.linen.BatchNorm`. It has {sorted(FIELDS)}."
+            "`jaxbn.linen.BatchNorm` that a model's layers may be given from outside. "
+            f"These are: {sorted(FIELDS)}."
         )
     lists = ("axis", "axis_name", "axis_index_groups")
-    given = _flax_fields.hashable(*(overrides.get(name) for name in lists))
-    hashable = {n: v for n, v in zip(lists, given, strict=True) if n in overrides}
-    return {**overrides, **hashable}
+    hashable = _flax_fields.hashable(*(overrides.get(name) for name in lists))
+    given = {n: v for n, v in zip(lists, hashable, strict=True) if n in overrides}
+    for name, value in (made := {**overrides, **given}).items():
+        try:
+            hash(value)
+        except TypeError:
+            raise TypeError(
+                f"`{name}` must be hashable, got {value!r}: JAX keeps programs by the "
+                "overrides they were traced with. Pass a number, or a function of the "
+                "step."
+            ) from None
+    return tuple(sorted(made.items()))

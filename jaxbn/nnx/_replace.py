@@ -3,10 +3,15 @@
 import inspect
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 
+from jaxbn import _recording
 from jaxbn.nnx._batch_norm import BatchNorm
+from jaxbn.nnx._variant import recorder, statistics
 
 VARIABLES = ("mean", "var", "scale", "bias", "step")
 OPTIONS = set(inspect.signature(BatchNorm.__init__).parameters) - {"self", "rngs"}
@@ -14,21 +19,26 @@ OPTIONS = set(inspect.signature(BatchNorm.__init__).parameters) - {"self", "rngs
 MADE = {"num_features", "param_dtype", "use_bias", "use_scale", "bias_init"}
 MADE |= {"scale_init", "bias_metadata", "scale_metadata"}
 
+# The replacements of each layer that are not undone, the last one at the end.
+_in_force: WeakKeyDictionary[Any, list["Replacement"]] = WeakKeyDictionary()
+
 
 def replace_batch_norm(model: nnx.Module, **overrides: Any) -> "Replacement":
     """Turns every `flax.nnx.BatchNorm` of a model into jaxbn's, in place.
 
     As a call it lasts; as a context manager it is undone at the end. The layers stay
     the same objects with the same variables, shared ones shared, so that optimizers and
-    other references to them hold. What was replaced by the model's own code meanwhile,
-    as by `train()` and `eval()`, stays so after undoing.
+    other references to them hold. What is set to another value meanwhile, as by
+    `train()` and `eval()`, stays so after undoing. Not for inside of `nnx.jit`, which
+    lets no node change its class.
 
     Args:
       model: An nnx module.
       **overrides: Arguments of `jaxbn.nnx.BatchNorm` that take precedence over those of
         the model's layers: `axis_name="data"`, `use_fast_variance=False`. Layers that
-        are jaxbn's already take them as well. A `momentum` that is a function of the
-        step is for those of them that have a `step`.
+        are `jaxbn.nnx.BatchNorm` already take them as well; jaxbn's other layers do
+        not. A `momentum` that is a function of the step is for layers that have a
+        `step`.
 
     Returns:
       A context manager that gives the model, and undoes the replacement at its end, or
@@ -40,6 +50,7 @@ def replace_batch_norm(model: nnx.Module, **overrides: Any) -> "Replacement":
         which may compute something else.
       ValueError: The model has no batch norm; `momentum` is a function of the step, and
         a layer has none.
+      RuntimeError: In `undo()`: a later replacement of a layer is still in force.
 
     Example:
       >>> import jaxbn, jax.numpy as jnp
@@ -57,39 +68,55 @@ def replace_batch_norm(model: nnx.Module, **overrides: Any) -> "Replacement":
     References:
       https://flax.readthedocs.io/en/latest/guides/surgery.html
     """
-
     unknown = sorted(set(overrides) - (OPTIONS - MADE))
     if unknown:
         raise TypeError(
             f"`overrides` has {unknown}, which a `jaxbn.nnx.BatchNorm` does not take "
             f"once it is made. It takes {sorted(OPTIONS - MADE)}."
         )
-    layers = dict(_batch_norms(model))
-    if not layers:
-        raise ValueError(
-            f"`model` has no `flax.nnx.BatchNorm`: got {type(model).__name__}. Pass a "
-            "model that has one, before it is split into graph and state."
-        )
-    # All are made before the first is changed: an error leaves the model alone.
-    made = [(node, _made(name, node, overrides)) for name, node in layers.items()]
-    return Replacement(model, made)
+    return Replacement(model, overrides)
 
 
 class Replacement:
     """Layers that are another class for a while."""
 
-    def __init__(self, model: nnx.Module, made: list[tuple[Any, dict[str, Any]]]):
-        self.model = model
-        self._undo = [_turn(node, BatchNorm, attributes) for node, attributes in made]
+    def __init__(self, model: nnx.Module, overrides: dict[str, Any]):
+        self.model, self.overrides = model, overrides
+        self.turned: list[tuple] = []
+        self.apply()
+
+    def apply(self) -> None:
+        """Turns the layers into jaxbn's."""
+        layers = dict(_batch_norms(self.model))
+        if not layers:
+            raise ValueError(
+                "`model` has no `flax.nnx.BatchNorm`: got "
+                f"{type(self.model).__name__}. Pass a model that has one, before it is "
+                "split into graph and state."
+            )
+        # All are made before the first is changed: an error leaves the model alone.
+        made = [(n, _made(path, n, self.overrides)) for path, n in layers.items()]
+        for node, attributes in made:
+            self.turned.append(_turn(node, attributes))
+            _in_force.setdefault(node, []).append(self)
 
     def undo(self) -> None:
         """Turns the layers back into what they were."""
-        for node, kind, old, new in self._undo:
+        for node, *_ in self.turned:
+            if _in_force[node][-1] is not self:
+                raise RuntimeError(
+                    "A later `replace_batch_norm` of the same layers is still in "
+                    "force. Undo that one first."
+                )
+        for node, kind, old, new in self.turned:
+            _in_force[node].pop()
             _turn_back(node, kind, old, new)
-        self._undo = []
+        self.turned = []
 
     def __enter__(self) -> nnx.Module:
-        """The model."""
+        """The model, replaced again if that was undone."""
+        if not self.turned:
+            self.apply()
         return self.model
 
     def __exit__(self, *_: object) -> None:
@@ -103,7 +130,7 @@ def _batch_norms(model: nnx.Module) -> Iterator[tuple[str, nnx.BatchNorm]]:
         if not isinstance(node, nnx.BatchNorm):
             continue
         name = "/".join(map(str, path))
-        if type(node) not in (nnx.BatchNorm, BatchNorm):
+        if type(node) is not nnx.BatchNorm and not isinstance(node, BatchNorm):
             raise TypeError(
                 f"{type(node).__qualname__} at {name!r} is a subclass of "
                 "`flax.nnx.BatchNorm` that may compute something else. Derive it from "
@@ -113,32 +140,47 @@ def _batch_norms(model: nnx.Module) -> Iterator[tuple[str, nnx.BatchNorm]]:
 
 
 def _made(name: str, node: nnx.BatchNorm, overrides: dict[str, Any]) -> dict[str, Any]:
-    """The attributes of a `BatchNorm` with the options and variables of `node`."""
+    """The attributes that make a `BatchNorm` of `node`, with other options."""
     own = vars(node)
     given = {option: own[option] for option in OPTIONS if option in own}
-    attributes = vars(BatchNorm(**given | overrides, rngs=nnx.Rngs(0)))
-    if attributes["step"] is not None and own.get("step") is None:
+    fresh = vars(BatchNorm(**given | overrides, rngs=nnx.Rngs(0)))
+    if fresh["step"] is not None and own.get("step") is None:
         raise ValueError(
             f"`momentum` is a function of the step, and {name!r} has counted none: it "
             "may forget its statistics. Make the layer by `jaxbn.nnx.BatchNorm` with "
             "this momentum, and set its `step`."
         )
-    attributes |= {key: own[key] for key in VARIABLES if key in own}
-    if own.get("batch_moments") is not None and "accumulate" not in overrides:
-        attributes["batch_moments"] = own["batch_moments"]
-    # What nnx takes for variables: the layer's, and what jaxbn adds.
-    nodes = {key: True for key in ("step", "batch_moments")}
+    jaxbns = isinstance(node, BatchNorm)
+    new = set(overrides) if jaxbns else set(fresh) - set(VARIABLES) | {"step"}
+    attributes = {key: fresh[key] for key in new if not key.startswith("_pytree__")}
+    if fresh["accumulate"] and own.get("batch_moments") is None:
+        attributes["batch_moments"] = _window(node)
+    # What nnx takes for variables and arrays.
+    nodes = {key: fresh["_pytree__nodes"].get(key, False) for key in attributes}
     attributes["_pytree__nodes"] = own["_pytree__nodes"].update(nodes)
-    return {key: v for key, v in attributes.items() if key != "_pytree__state"}
+    return attributes
 
 
-def _turn(node: Any, kind: type, attributes: dict[str, Any]) -> tuple:
+def _window(node: nnx.BatchNorm) -> nnx.Dict:
+    """An empty window, stacked as the layer's statistics are."""
+    stats = {name: v[...] for name, v in statistics(node).items()}
+    features = 1 if isinstance(node.num_features, int) else len(node.num_features)
+    stacked = stats["mean"].shape[: stats["mean"].ndim - features]
+    one = {name: v[(0,) * len(stacked)] for name, v in stats.items()}
+    record = _recording.empty_window(one)
+    wide = {name: jnp.broadcast_to(v, stacked + v.shape) for name, v in record.items()}
+    return recorder(wide)
+
+
+def _turn(node: Any, attributes: dict[str, Any]) -> tuple:
     """Sets class and attributes past nnx, which would keep track of them."""
-    before = type(node), {key: v for key, v in vars(node).items() if key in attributes}
-    object.__setattr__(node, "__class__", kind)
+    old = {key: v for key, v in vars(node).items() if key in attributes}
+    kind = type(node)
+    if kind is nnx.BatchNorm:
+        object.__setattr__(node, "__class__", BatchNorm)
     for name, value in attributes.items():
         object.__setattr__(node, name, value)
-    return node, *before, attributes
+    return node, kind, old, attributes
 
 
 def _turn_back(node: Any, kind: type, old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -146,5 +188,6 @@ def _turn_back(node: Any, kind: type, old: dict[str, Any], new: dict[str, Any]) 
     for name, value in new.items():
         if name not in old:
             vars(node).pop(name, None)
-        elif vars(node).get(name) is value:
+        elif vars(node).get(name) is value or isinstance(value, jax.Array):
+            # (nnx's transforms put other arrays in the place of arrays.)
             object.__setattr__(node, name, old[name])

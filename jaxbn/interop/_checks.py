@@ -1,0 +1,147 @@
+"""What is refused in a checkpoint or an option, and how it is said."""
+
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+
+def require_keys(arrays: Any, names: Mapping[str, str], at: str) -> None:
+    """Refuses what lacks the statistics, or has what is not known."""
+    if not isinstance(arrays, Mapping):
+        raise TypeError(
+            f"`{at or 'arrays'}` must be a dict of arrays with the keys {list(names)}, "
+            f"got {type(arrays).__name__}."
+        )
+    present = {key for key, value in arrays.items() if value is not None}
+    needed = {theirs for theirs, ours in names.items() if ours in ("mean", "var")}
+    missing, unknown = sorted(needed - present), sorted(present - set(names), key=str)
+    if missing or unknown:
+        raise ValueError(
+            f"Not the arrays of one batch norm: {[at + k for k in missing]} missing, "
+            f"{[f'{at}{k}' for k in unknown]} not known. Expected {list(names)}, of "
+            f"which {sorted(needed)} must be there."
+        )
+
+
+def require_layer(keys: Mapping[str, str], found: Mapping[str, np.ndarray]) -> None:
+    """Refuses shapes that differ, and what no statistic can be."""
+    shape = found["mean"].shape
+    for name, array in found.items():
+        if name == "step":
+            _require_count(keys[name], array)
+        elif not jnp.issubdtype(array.dtype, jnp.inexact):
+            raise TypeError(f"`{keys[name]}` must be floating, got {array.dtype}.")
+        elif array.shape != shape:
+            raise ValueError(
+                f"`{keys[name]}` has shape {array.shape}, but `{keys['mean']}` "
+                f"{shape}: all must be of the same features."
+            )
+    require_at_least_0(keys["var"], found["var"])
+    if not np.all(np.isfinite(found["mean"])):
+        raise ValueError(
+            f"`{keys['mean']}` has NaN or infinity: the checkpoint is damaged."
+        )
+
+
+def require_at_least_0(key: str, array: np.ndarray) -> None:
+    """Refuses a variance or deviation that is negative, NaN, infinite or complex."""
+    if np.iscomplexobj(array):
+        raise TypeError(f"`{key}` must be real, got {array.dtype}.")
+    bad = ~((array >= 0) & np.isfinite(array))
+    if np.any(bad):
+        where = int(np.argmax(bad))
+        raise ValueError(
+            f"`{key}` has {array.flat[where]} at feature {where}, where it must be "
+            "finite and at least 0. The checkpoint is damaged, or something was "
+            "subtracted (frozen batch norms: `jaxbn.interop.torch.frozen_to_jaxbn`)."
+        )
+
+
+def require_vectors(found: Mapping[str, Any], library: str) -> None:
+    """Refuses several feature axes, which others have not."""
+    if found["mean"].ndim != 1:
+        raise ValueError(
+            f"`stats.mean` has shape {found['mean'].shape}, but {library} has one "
+            "feature axis. Flatten statistics and parameters first; of stacked layers, "
+            "index the first axis."
+        )
+
+
+def require_step(found: Mapping[str, Any], library: str) -> None:
+    """Refuses a step 0 of statistics that have moved, which would be forgotten."""
+    moved = np.any(found["mean"] != 0) or np.any(found["var"] != 1)
+    if moved and found["step"] == 0:
+        raise ValueError(
+            f"`stats.step` is 0, but the statistics have moved: {library} would forget "
+            "them in its first step. Pass the number of updates so far, "
+            "`stats._replace(step=...)`; any large one does if it is not known."
+        )
+
+
+def require_share(name: str, value: Any, *, below_1: bool = False) -> None:
+    """Refuses a momentum that is no number from 0 to 1."""
+    known = isinstance(value, Real) and not isinstance(value, bool)
+    if not known or not 0 <= float(value) <= 1:
+        raise ValueError(f"`{name}` must be a number from 0 to 1, got {value!r}.")
+    if below_1 and value == 1:
+        raise ValueError(
+            f"`{name}` must be below 1, got {value!r}: a debiased average of decay 1 "
+            "is divided by 0. A plain average is `jaxbn.cumulative()`."
+        )
+
+
+def require_not_negative(name: str, value: Any) -> None:
+    """Refuses an epsilon below 0."""
+    if not isinstance(value, Real) or not float(value) >= 0:
+        raise ValueError(f"`{name}` must be a number of at least 0, got {value!r}.")
+
+
+def require_conversion(
+    key: str, unbiased: bool, to_unbiased: bool, count: Any, as_it_is: bool
+) -> None:
+    """Refuses a count that is missing, not needed, or no count."""
+    for value in (unbiased, to_unbiased):
+        if not isinstance(value, bool):
+            raise TypeError(f"`unbiased` must be True or False, got {value!r}.")
+    if unbiased == to_unbiased:
+        if count is not None:
+            raise ValueError(
+                f"`count` is {count}, but `{key}` is taken as it is: both sides track "
+                f"the {_kind(unbiased)} variance. Leave it out."
+            )
+    elif count is None:
+        raise ValueError(
+            f"`{key}` is of {_kind(unbiased)} variances, and wanted "
+            f"{_kind(to_unbiased)}. Pass `count`, the number of values per feature in "
+            "a training batch (examples times positions), or, to take the variance as "
+            f"it is, `unbiased={as_it_is}`."
+        )
+    elif not isinstance(count, Real) or not 1 < float(count) < np.inf:
+        raise ValueError(
+            f"`count` must be a number above 1, got {count!r}: one value has no "
+            "unbiased variance."
+        )
+
+
+def require_counts(count: Any, layers: Mapping[str, Any]) -> None:
+    """Refuses a dict of counts that names layers that there are not."""
+    if isinstance(count, Mapping) and set(count) - set(layers):
+        raise ValueError(
+            f"`count` has {sorted(set(count) - set(layers))}, which are no batch norms "
+            f"here. There are {sorted(layers)}."
+        )
+
+
+def _require_count(key: str, array: np.ndarray) -> None:
+    if array.shape != () or not 0 <= array < 2**31 or array % 1 != 0:
+        stacked = " Of stacked layers, index the first axis." if array.ndim else ""
+        raise ValueError(
+            f"`{key}` must be a whole number from 0 to 2³¹ − 1, got {array}.{stacked}"
+        )
+
+
+def _kind(unbiased: bool) -> str:
+    return "unbiased" if unbiased else "biased"
