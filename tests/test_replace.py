@@ -232,6 +232,13 @@ def test_methods_of_a_replaced_module():
     variables = model.init(jax.random.key(0), X)
     expected = model.apply(variables, X, method="encode")
     assert_close(ours.apply(variables, X, method="encode"), expected, 1e-5, 1e-6)
+    assert_close(ours.apply(variables, X, method=Block.encode), expected, 1e-5, 1e-6)
+    plain = jaxbn.linen.replaced(Plain())
+    own = plain.init(jax.random.key(0), X)
+    by_class = jax.make_jaxpr(
+        lambda v: plain.apply(v, X, method=Plain.__call__, mutable=["batch_stats"])
+    )
+    assert "jaxbn" in str(by_class(own))
     call = lambda module, x: module.encode(x)
     assert_close(ours.apply(variables, X, method=call), expected, 1e-5, 1e-6)
     assert "jaxbn" in str(

@@ -77,7 +77,7 @@ def replaced(module: nn.Module, **overrides: Any) -> nn.Module:
     Returns:
       A module with the call, the methods and the fields of `module`, whose variables
       are at the paths where `module` has them: it takes the same checkpoints. Methods
-      are called by name (`apply(..., method="encode")`) or as its own.
+      are called by name (`apply(..., method="encode")`), as its own, or as the class's.
 
     Raises:
       TypeError: `module` is no linen module, or as for `replace_batch_norm`.
@@ -172,6 +172,17 @@ class Replaced(nn.Module):
         with Context(self.overrides):
             return getattr(inner, method)(*args, **kwargs)
 
+    @nn.nowrap
+    def _call_wrapped_method(self, fun, args, kwargs):
+        """A method of the module's class that was called with this one for `self`.
+
+        So does `apply(..., method=Model.encode)`.
+        """
+        if fun.__name__ == "setup":  # This one's own.
+            return super()._call_wrapped_method(fun, args, kwargs)
+        return self._call_method(fun.__name__, *args, **kwargs)
+
+    @nn.nowrap
     def __getattr__(self, name: str) -> Any:
         """Methods and fields of the module, which for submodules would be Flax's."""
         inner = vars(self).get("module")
