@@ -90,9 +90,8 @@ def leaf(key: str, value: Any) -> np.ndarray:
             if str(value.dtype) == "torch.bfloat16":  # and none in bfloat16.
                 value = value.float()
         array = np.asarray(value)
-    except (
-        Exception
-    ) as error:  # Any of another library: a meta tensor, a deleted array.
+    except Exception as error:
+        # Another library's own: of a meta tensor, of an array that was deleted.
         raise TypeError(
             f"`{key}` must be an array with known values, got {type(value).__name__}: "
             f"{error}"

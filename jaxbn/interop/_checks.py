@@ -42,7 +42,8 @@ def require_layer(keys: Mapping[str, str], found: Mapping[str, np.ndarray]) -> N
     require_at_least_0(keys["var"], found["var"])
     if not np.all(np.isfinite(found["mean"])):
         raise ValueError(
-            f"`{keys['mean']}` has NaN or infinity: the checkpoint is damaged."
+            f"`{keys['mean']}` has NaN or infinity: the checkpoint is damaged. Take an "
+            "earlier one, or measure the statistics anew, by `jaxbn.population`."
         )
 
 
@@ -126,13 +127,15 @@ def require_conversion(
         )
 
 
-def require_counts(count: Any, layers: Mapping[str, Any]) -> None:
-    """Refuses a dict of counts that names layers that there are not."""
+def counts_of(layers: Mapping[str, Any], count: Any) -> dict[str, Any]:
+    """The count of each layer; a dict that names others than these is refused."""
     if isinstance(count, Mapping) and set(count) - set(layers):
         raise ValueError(
             f"`count` has {sorted(set(count) - set(layers))}, which are no batch norms "
             f"here. There are {sorted(layers)}."
         )
+    by_name = isinstance(count, Mapping)
+    return {name: count.get(name) if by_name else count for name in layers}
 
 
 def _require_count(key: str, array: np.ndarray) -> None:

@@ -133,7 +133,6 @@ def to_jaxbn(
     present = _present(arrays)
     names = EMA if EMA[1] in present else BATCH
     found = _read(present, names)
-    step = found["step"]
     if names == BATCH:
         found |= _debiased(found, momentum, correct)
     elif momentum is not None or correct:
@@ -142,11 +141,7 @@ def to_jaxbn(
             "'ema', which keeps its averages as they are. Leave them out."
         )
     else:
-        # While the first time is to come the averages are not set.
-        first = bool(step)
-        if first:
-            found |= {"mean": 0 * found["mean"], "var": 0 * found["var"] + 1}
-        found["step"] = np.int32(not first)
+        found["step"] = np.int32(not found["step"])
     found = _checkpoint.tracked(
         found, names[1], unbiased=False, to_unbiased=unbiased, count=count
     )
@@ -245,9 +240,10 @@ def _read(arrays: Arrays, names: tuple[str, str]) -> dict[str, Any]:
     rest = {name: v for name, v in arrays.items() if name != pair}
     table = NAMES | {f"{pair}[0]": "mean", f"{pair}[1]": "var", counter: "step"}
     if names == EMA and _checkpoint.leaf(counter, arrays[counter]):
-        # Not set yet, so that anything may be in them.
-        shape = _checkpoint.leaf(f"{pair}[0]", hidden[0]).shape
-        parts = dict.fromkeys(parts, np.ones(shape, np.float32))
+        # The first time is to come: nothing is set, and anything may be in them.
+        like = _checkpoint.leaf(f"{pair}[0]", hidden[0])
+        fresh = np.zeros_like(like), np.ones_like(like)
+        parts = dict(zip(parts, fresh, strict=True))
     return _checkpoint.read(rest | parts, table)
 
 

@@ -57,11 +57,7 @@ def to_jaxbn(
     References:
       https://flax-linen.readthedocs.io/en/latest/guides/training_techniques/batch_norm.html
     """
-    if not isinstance(variables, Mapping):
-        raise TypeError(
-            f"`variables` must be a dict, got {type(variables).__name__}. Of an nnx "
-            "layer, pass `nnx.to_pure_dict(nnx.state(layer))`."
-        )
+    _require_dict(variables)
     if "batch_stats" not in variables:
         return _to_jaxbn(variables, "")
     unknown = sorted(set(variables) - {"params", "batch_stats"})
@@ -138,11 +134,7 @@ def batch_norms(
     References:
       https://flax-linen.readthedocs.io/en/latest/guides/training_techniques/batch_norm.html
     """
-    if not isinstance(variables, Mapping):
-        raise TypeError(
-            f"`variables` must be a dict, got {type(variables).__name__}. Of an nnx "
-            "model, pass `nnx.to_pure_dict(nnx.state(model))`."
-        )
+    _require_dict(variables)
     linen = "batch_stats" in variables
     stats = variables["batch_stats"] if linen else variables
     found = {}
@@ -166,6 +158,14 @@ def _to_jaxbn(arrays: Arrays, at: str) -> Converted | tuple[Params, RenormStats]
     found = _checkpoint.read(arrays, table, at)
     params, stats = _checkpoint.layer_state(found)
     return params, RenormStats(*stats)
+
+
+def _require_dict(variables: Any) -> None:
+    if not isinstance(variables, Mapping):
+        raise TypeError(
+            f"`variables` must be a dict, got {type(variables).__name__}. Of an nnx "
+            "module, pass `nnx.to_pure_dict(nnx.state(module))`."
+        )
 
 
 def _at(tree: Any, path: tuple[Any, ...]) -> Mapping[str, Any]:

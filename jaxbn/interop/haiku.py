@@ -236,12 +236,11 @@ def batch_norms(
             f"`state` has no batch norm: no key ends in '/~/mean_ema'; got "
             f"{sorted(state)}. Pass the state of `hk.transform_with_state`."
         )
-    _checks.require_counts(count, layers)
-    found = {}
-    for name, arrays in layers.items():
-        n = count.get(name) if isinstance(count, Mapping) else count
-        found[name] = _to_jaxbn(arrays, f"{name}/", feature_axes, unbiased, n)
-    return found
+    counts = _checks.counts_of(layers, count)
+    return {
+        name: _to_jaxbn(arrays, f"{name}/", feature_axes, unbiased, counts[name])
+        for name, arrays in layers.items()
+    }
 
 
 def _to_jaxbn(

@@ -219,12 +219,11 @@ def batch_norms(
             f"`state_dict` has no batch norm: none of its {len(state_dict)} keys ends "
             f"in running_mean. Pass the `state_dict()` of a model.{hint}"
         )
-    _checks.require_counts(count, layers)
-    found = {}
-    for prefix, arrays in layers.items():
-        n = count.get(prefix) if isinstance(count, Mapping) else count
-        found[prefix] = _to_jaxbn(arrays, prefix and f"{prefix}.", unbiased, n)
-    return found
+    counts = _checks.counts_of(layers, count)
+    return {
+        prefix: _to_jaxbn(arrays, prefix and f"{prefix}.", unbiased, counts[prefix])
+        for prefix, arrays in layers.items()
+    }
 
 
 def frozen_to_jaxbn(arrays: Arrays, *, eps: float = 1e-5) -> Converted:
