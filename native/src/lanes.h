@@ -1,0 +1,102 @@
+// Sixteen numbers at a time, as two vectors of floats, from float32 and bfloat16.
+//
+// The types are GCC's and Clang's vector extension: the compiler makes of them what the
+// machine has, AVX-512, AVX2 or less, chosen at run time (JAXBN_CLONES).
+//
+// The clones are for levels of the instruction set. Named by a processor ("haswell"),
+// they would be taken on that maker's processors only.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#ifdef JAXBN_HAS_CLONES
+#define JAXBN_CLONES \
+  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define JAXBN_CLONES
+#endif
+#define JAXBN_INLINE inline __attribute__((always_inline))
+
+namespace jaxbn {
+
+constexpr int64_t kWidth = 8;             // Floats in a vector.
+constexpr int64_t kStep = 2 * kWidth;     // Elements that are taken at once.
+
+typedef float Floats __attribute__((vector_size(32), aligned(4)));
+typedef uint32_t Words __attribute__((vector_size(32), aligned(4)));
+typedef uint16_t Halves __attribute__((vector_size(16), aligned(2)));
+
+// A bfloat16 is the upper half of a float32.
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <class To, class From>
+JAXBN_INLINE To as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+template <class To>
+JAXBN_INLINE To load(const void* p) {
+  To v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+JAXBN_INLINE void store(float* p, Floats v) { std::memcpy(p, &v, sizeof(v)); }
+
+JAXBN_INLINE float widen(float x) { return x; }
+JAXBN_INLINE float widen(BFloat16 x) {
+  return as<float>(static_cast<uint32_t>(x.bits) << 16);
+}
+
+// Whether the lanes of these types are split: two bfloat16 in each word.
+template <class... Ts>
+constexpr bool kSplit = (std::is_same_v<Ts, BFloat16> && ...);
+
+// The step at p, in order or, with kSplit, its even elements and then its odd ones: the
+// two halves of words, which are cheaper to take apart than to put in order.
+template <bool kSplit>
+JAXBN_INLINE void load_step(const float* p, Floats* v) {
+  static_assert(!kSplit);
+  v[0] = load<Floats>(p);
+  v[1] = load<Floats>(p + kWidth);
+}
+
+template <bool kSplit>
+JAXBN_INLINE void load_step(const BFloat16* p, Floats* v) {
+  if constexpr (kSplit) {
+    Words w = load<Words>(p);
+    v[0] = as<Floats>(w << 16);
+    v[1] = as<Floats>(w & 0xffff0000u);
+  } else {
+    for (int i = 0; i < 2; ++i) {
+      Halves h = load<Halves>(p + i * kWidth);
+      v[i] = as<Floats>(__builtin_convertvector(h, Words) << 16);
+    }
+  }
+}
+
+// The element of a row that is in a lane. After the last whole step they are in order.
+template <bool kSplit>
+constexpr int64_t element_of(int64_t lane, int64_t width) {
+  if (!kSplit || lane >= width / kStep * kStep) return lane;
+  const int64_t at = lane % kStep;
+  return lane - at + (at < kWidth ? 2 * at : 2 * (at - kWidth) + 1);
+}
+
+// The lane that an element of a row is in.
+template <bool kSplit>
+constexpr int64_t lane_of(int64_t element, int64_t width) {
+  if (!kSplit || element >= width / kStep * kStep) return element;
+  const int64_t at = element % kStep;
+  return element - at + at / 2 + (at % 2 ? kWidth : 0);
+}
+
+}  // namespace jaxbn

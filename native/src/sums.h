@@ -1,0 +1,47 @@
+// Sums over a block of an array, in float32: (Σwδ, Σwδ²) and (Σdy, Σdy·δ), δ = x - center.
+//
+// "Rows" have the channels next to each other (channels last): each channel is a lane,
+// and eight rows are read at a time, so that sums are loaded and stored once for eight.
+// "Slabs" are of one channel (channels first): all lanes are of it.
+
+#pragma once
+
+#include <cstdint>
+
+#include "lanes.h"
+
+namespace jaxbn {
+
+struct Sums {
+  double first = 0, second = 0;
+};
+
+// Weights are one a row, or null. Lanes are in the order of `element_of`.
+template <class X>
+void add_rows(const X* x, const float* weights, int64_t rows, int64_t width,
+              const float* center, float* first, float* second);
+
+// With weights, δ is 0 where x is not finite and its weight is 0; dy counts anyway.
+template <class DY, class X>
+void add_rows(const DY* dy, const X* x, const float* weights, int64_t rows,
+              int64_t width, const float* center, float* first, float* second);
+
+template <class X>
+Sums sum_slab(const X* x, const float* weights, int64_t size, float center);
+
+template <class DY, class X>
+Sums sum_slab(const DY* dy, const X* x, const float* weights, int64_t size,
+              float center);
+
+// A block of weight k beside what came before it, of weight n.
+struct Pooling {
+  double n, k;
+  int64_t channels;
+};
+
+// Adds the moments of a block, whose sums are about `center`, to those before it, and
+// makes the new mean the next center.
+void pool_block(Pooling pooling, const double* first, const double* second, double* mean,
+                double* squares, float* center);
+
+}  // namespace jaxbn

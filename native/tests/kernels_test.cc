@@ -1,0 +1,127 @@
+// The reductions beside plain loops in float64: every type, layout and number of channels
+// that is easy to get wrong. Meant for a sanitizer build; run without arguments.
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "batch_norm.h"
+
+namespace {
+
+struct Pool {
+  int threads;
+  int64_t num_threads() const { return threads; }
+  template <class F>
+  void Schedule(F f) {
+    std::thread(f).detach();
+  }
+};
+
+std::mt19937 generator(0);
+int failures = 0;
+
+void require_close(double got, double expected, double scale, double tolerance,
+                   const char* what, jaxbn::Shape s) {
+  if (std::abs(got - expected) <= tolerance * scale) return;
+  std::printf("%s of (%ld, %ld, %ld): got %.9g, expected %.9g\n", what, (long)s.outer,
+              (long)s.channels, (long)s.inner, got, expected);
+  ++failures;
+}
+
+float to(float x, float*) { return x; }
+jaxbn::BFloat16 to(float x, jaxbn::BFloat16*) {
+  return {static_cast<uint16_t>(jaxbn::as<uint32_t>(x) >> 16)};
+}
+
+// Allocated to the byte, so that one too far is seen.
+template <class T>
+std::vector<T> numbers(int64_t size, double mean, double deviation) {
+  std::normal_distribution<double> normal(mean, deviation);
+  std::vector<T> v(size);
+  for (T& x : v) x = to(static_cast<float>(normal(generator)), static_cast<T*>(nullptr));
+  v.shrink_to_fit();
+  return v;
+}
+
+template <class DY, class X>
+void check(jaxbn::Shape s, bool weighted, int threads, double far) {
+  const int64_t size = s.outer * s.channels * s.inner;
+  auto x = numbers<X>(size, far, 1);
+  auto dy = numbers<DY>(size, 0.5, 1);
+  std::vector<float> w;
+  if (weighted) {
+    w.resize(s.outer * s.inner);
+    for (float& v : w) v = static_cast<float>(generator() % 4) / 2;
+    if (!w.empty()) {
+      w[0] = 0;  // Under which there may be anything.
+      for (int64_t c = 0; c < s.channels; ++c) {
+        x[c * s.inner] = to(std::numeric_limits<float>::quiet_NaN(), (X*)nullptr);
+      }
+    }
+  }
+  const float* weights = weighted ? w.data() : nullptr;
+  std::vector<float> mean(s.channels), squares(s.channels), again(s.channels);
+  std::vector<float> first(s.channels), second(s.channels);
+  Pool pool{threads};
+  jaxbn::moments(x.data(), weights, s, mean.data(), squares.data(), pool);
+  jaxbn::moments(x.data(), weights, s, mean.data(), again.data(), pool);
+  jaxbn::cotangents(dy.data(), x.data(), weights, mean.data(), s, first.data(),
+                    second.data(), pool);
+
+  for (int64_t c = 0; c < s.channels; ++c) {
+    double n = 0, sum = 0, square = 0, sum_dy = 0, product = 0, size_dy = 1e-30;
+    auto each = [&](auto f) {
+      for (int64_t a = 0; a < s.outer; ++a) {
+        for (int64_t b = 0; b < s.inner; ++b) {
+          int64_t i = (a * s.channels + c) * s.inner + b;
+          f(jaxbn::widen(x[i]), jaxbn::widen(dy[i]), weights ? w[a * s.inner + b] : 1);
+        }
+      }
+    };
+    each([&](double v, double, double k) {
+      n += k;
+      if (k) sum += k * v;
+    });
+    double truth = n ? sum / n : 0;
+    each([&](double v, double d, double k) {
+      if (k) square += k * (v - truth) * (v - truth);
+      double delta = k || std::isfinite(v) ? v - mean[c] : 0;
+      sum_dy += d;
+      product += d * delta;
+      size_dy += std::abs(d) * (1 + std::abs(delta));
+    });
+    require_close(mean[c], truth, std::abs(truth) + 1, 4e-7, "mean", s);
+    require_close(squares[c], square, square + 1e-30, 2e-6, "squares", s);
+    require_close(squares[c], again[c], 1, 0, "repeated squares", s);
+    require_close(first[c], sum_dy, size_dy, 1e-6, "sum of dy", s);
+    require_close(second[c], product, size_dy, 1e-6, "sum of products", s);
+  }
+}
+
+}  // namespace
+
+int main() {
+  const jaxbn::Shape shapes[] = {
+      {0, 3, 1},   {5, 0, 1},     {1, 1, 1},    {1, 7, 1},     {9, 1, 1},
+      {8, 16, 1},  {17, 3, 1},    {33, 32, 1},  {1000, 5, 1},  {4099, 24, 1},
+      {300, 48, 1}, {9, 10007, 1}, {513, 100, 1}, {2, 3, 49},  {3, 1, 20000},
+      {5, 4, 33},  {64, 8, 1024}, {1, 6, 100},  {40000, 2, 1}, {700, 64, 3},
+  };
+  for (const jaxbn::Shape& s : shapes) {
+    for (bool weighted : {false, true}) {
+      check<float, float>(s, weighted, 1, 0);
+      check<float, float>(s, weighted, 3, 100);
+      check<jaxbn::BFloat16, jaxbn::BFloat16>(s, weighted, 3, 100);
+      check<float, jaxbn::BFloat16>(s, weighted, 3, 0);
+      check<jaxbn::BFloat16, float>(s, weighted, 3, 0);
+    }
+    check<float, float>(s, false, 2, 1e4);
+  }
+  std::printf("%d failures\n", failures);
+  return failures != 0;
+}

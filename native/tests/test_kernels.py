@@ -1,0 +1,121 @@
+"""The kernels through XLA, beside NumPy in float64."""
+
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import jaxbn_cpu
+import numpy as np
+import pytest
+
+NATIVE = pathlib.Path(__file__).parents[1]
+SHAPES = [(37, 3, 1), (4096, 64, 1), (50, 10007, 1), (6, 5, 49), (0, 4, 1), (9, 1, 1)]
+DTYPES = ["float32", "bfloat16"]
+
+
+def numbers(shape, dtype, seed=0, mean=1.0):
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.normal(mean, 2, size=shape), jnp.float32).astype(dtype)
+
+
+def wide(array):
+    return np.asarray(array.astype(jnp.float32), np.float64)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_moments(shape, dtype, weighted):
+    x = numbers(shape, dtype)
+    rng = np.random.default_rng(1)
+    w = rng.integers(0, 3, size=shape[::2]).astype(np.float32) if weighted else None
+    truth, k = wide(x), np.ones(shape[::2]) if w is None else w
+    k = k[:, None, :]
+    if weighted:
+        x = jnp.where(k > 0, x, jnp.nan)
+    n = k.sum()
+    mean = (k * truth).sum((0, 2)) / max(n, 1)
+    squares = (k * (truth - mean[:, None]) ** 2).sum((0, 2))
+    got = jax.jit(jaxbn_cpu.moments)(x, w)
+    np.testing.assert_allclose(got[0], mean, 2e-6, 2e-6)
+    np.testing.assert_allclose(got[1], squares, 2e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtypes", [(d, x) for d in DTYPES for x in DTYPES], ids=str)
+def test_cotangents(shape, dtypes):
+    dy, x = numbers(shape, dtypes[0], 2), numbers(shape, dtypes[1])
+    mean = numbers(shape[1:2], "float32", 3)
+    got = jax.jit(jaxbn_cpu.cotangents)(dy, x, mean)
+    delta = wide(x) - wide(mean)[:, None]
+    size = np.abs(wide(dy)).sum((0, 2)).max(initial=1.0)
+    np.testing.assert_allclose(got[0], wide(dy).sum((0, 2)), 1e-5, 1e-6 * size)
+    product = (wide(dy) * delta).sum((0, 2))
+    np.testing.assert_allclose(got[1], product, 1e-5, 1e-5 * size)
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e2, 1e4])
+def test_the_variance_is_exact_without_a_shift(mean):
+    x = numbers((20000, 32, 1), "float32", mean=mean)
+    _, squares = jaxbn_cpu.moments(x)
+    truth = wide(x).var((0, 2)) * 20000
+    np.testing.assert_allclose(squares, truth, 1e-6)
+
+
+def test_runs_are_equal_to_the_bit():
+    x, dy = numbers((30000, 48, 1), "float32"), numbers((30000, 48, 1), "bfloat16", 1)
+    runs = []
+    for _ in range(10):
+        mean, squares = jaxbn_cpu.moments(x)
+        runs.append([mean, squares, *jaxbn_cpu.cotangents(dy, x, mean)])
+    for run in runs[1:]:
+        for got, expected in zip(run, runs[0], strict=True):
+            np.testing.assert_array_equal(got, expected)
+
+
+def test_many_calls_at_once():
+    """As many as there are threads, none of which may wait for another for ever."""
+    xs = numbers((16, 4096, 32, 1), "float32")
+    many = jax.jit(lambda xs: [jaxbn_cpu.moments(x)[0] for x in xs])
+    for got, x in zip(many(xs), xs, strict=True):
+        np.testing.assert_allclose(got, wide(x).mean((0, 2)), 1e-5, 1e-5)
+
+
+def test_under_vmap():
+    x = numbers((3, 100, 5, 2), "float32")
+    mean, _ = jax.vmap(jaxbn_cpu.moments)(x)
+    np.testing.assert_allclose(mean, wide(x).mean((1, 3)), 1e-5, 1e-5)
+
+
+def test_what_is_refused():
+    x, f64 = jnp.ones((4, 3, 1)), np.ones((4, 3, 1), np.float16)
+    with pytest.raises(TypeError, match="`x` must be float32 or bfloat16, got float16"):
+        jaxbn_cpu.moments(f64)
+    with pytest.raises(ValueError, match=r"`x` must have shape \(outer, channels, inn"):
+        jaxbn_cpu.moments(x[0])
+    with pytest.raises(
+        ValueError, match=r"`weights` has shape \(4,\), expected \(4, 1"
+    ):
+        jaxbn_cpu.moments(x, jnp.ones(4))
+    with pytest.raises(TypeError, match="`weights` must be float32, got bool"):
+        jaxbn_cpu.moments(x, jnp.ones((4, 1), bool))
+    with pytest.raises(ValueError, match=r"`mean` is float32 of shape \(4,\), expec"):
+        jaxbn_cpu.cotangents(x, x, jnp.ones(4))
+
+
+@pytest.mark.parametrize("clones", [True, False], ids=["machine's", "portable"])
+def test_under_the_sanitizers(tmp_path, clones):
+    """ASan and UBSan, over every type and awkward size, without XLA."""
+    if shutil.which("cmake") is None:
+        pytest.skip("needs cmake: `pip install cmake`")
+    configure = ["cmake", "-S", NATIVE, "-B", tmp_path, "-DJAXBN_SANITIZE=ON"]
+    configure += [f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Release"]
+    configure += ["-DCMAKE_CXX_FLAGS=" + "-march=native" * clones]
+    subprocess.run(configure, check=True, capture_output=True)
+    build = ["cmake", "--build", tmp_path, "--target", "kernels_test"]
+    subprocess.run(build, check=True, capture_output=True)
+    run = subprocess.run([tmp_path / "kernels_test"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
