@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxbn import _axes, _dtypes, _mesh, _rules
+from jaxbn import _axes, _dtypes, _kernels, _mesh, _rules
 from jaxbn._moments import Moments, moments
 from jaxbn._normalize import checked_epsilon, optional_vector
 
@@ -23,6 +23,7 @@ def batch_norm(
     axis_index_groups: _mesh.Groups | None = None,
     dtype: DTypeLike | None = None,
     derivatives: str = "vjp",
+    implementation: str | None = None,
 ) -> tuple[jax.Array, Moments]:
     """Normalizes `x` by its own mean and variance, as training does.
 
@@ -51,6 +52,8 @@ def batch_norm(
       derivatives: "vjp" has reverse mode, and reverse or forward mode over it. "jvp"
         has every mode at the same cost on one device; across devices its backward pass
         issues more all-reduces.
+      implementation: As for `moments`: None, "xla" or "cpu". The kernels sum backward,
+        too, with "vjp".
 
     Returns:
       The output, with the shape of `x`, and the `Moments` of `x`. A batch whose total
@@ -59,8 +62,9 @@ def batch_norm(
     Raises:
       TypeError: An argument is not floating or complex, or complex where the output is
         real.
-      ValueError: A shape does not fit, an axis is out of range or named twice, or
-        `derivatives` is another word.
+      ValueError: A shape does not fit, an axis is out of range or named twice,
+        `derivatives` or `implementation` is another word, or the latter demands what is
+        not to be had.
       NameError: `axis_name` is not bound.
 
     Example:
@@ -84,6 +88,7 @@ def batch_norm(
         shift=shift,
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
+        implementation=implementation,
     )
     y = normalize_batch(
         x,
@@ -97,6 +102,7 @@ def batch_norm(
         axis_index_groups=axis_index_groups,
         dtype=dtype,
         derivatives=derivatives,
+        implementation=implementation,
     )
     return y, m
 
@@ -108,6 +114,7 @@ def normalize_batch(
     bias: ArrayLike | None,
     *,
     derivatives: str,
+    implementation: str | None = None,
     **options: Any,
 ) -> jax.Array:
     """`x` normalized by `m`, which must be its own moments: the rule relies on it."""
@@ -118,8 +125,15 @@ def normalize_batch(
     if any(_axes.is_per_example(v, static.feature_axes) for v in vectors):
         # Their cotangents are no channel sums: the plain composition.
         return _rules.normalize_hidden(static, *operands)
-    form = _rules.vjp_form if derivatives == "vjp" else _rules.jvp_form
-    return form(static, *_rules.rule_operands(*operands))
+    if derivatives == "jvp":
+        return _rules.jvp_form(static, *_rules.rule_operands(*operands))
+    x, scale, bias, given = operands
+    y = jax.ShapeDtypeStruct(x.shape, static.dtype)
+    kernels = _kernels.choose(
+        implementation, x, static.feature_axes, given.weights, y, scale, bias
+    )
+    static = static._replace(kernels=kernels)
+    return _rules.vjp_form(static, *_rules.rule_operands(*operands))
 
 
 def normalize_given(

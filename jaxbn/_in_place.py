@@ -98,7 +98,8 @@ def _bwd(static: Static, residuals, c):
     if given.weights is not None:
         delta = jnp.where(hidden, 0, delta)
     vectors = scale, bias, inv, k
-    dx, dscale, dbias = _rules.pull_back(rule, c, delta, delta, *vectors, given)
+    local = _sums.cotangent_sums(c, delta, rule.feature_axes)
+    dx, dscale, dbias = _rules.pull_back(rule, c, delta, local, *vectors, given)
     return _rules.as_cotangent(dx, z).astype(static.x_dtype), dscale, dbias, None
 
 

@@ -23,7 +23,7 @@ def require_bound(
     size = axis_size(axis_name)
     if axis_index_groups is None:
         return
-    if len(_names(axis_name)) != 1:
+    if len(as_names(axis_name)) != 1:
         raise ValueError(
             f"`axis_index_groups` needs a single `axis_name`, got {axis_name!r}. Name "
             "one axis, or make the groups an axis of the mesh."
@@ -46,7 +46,7 @@ def all_sum(
         return list(sums)
     # Arrays that differ along other axes too (sharded features) are summed apart from
     # those that do not (the count): stacked, the count would take on their type.
-    kinds = [_varying(s) - frozenset(_names(axis_name)) for s in sums]
+    kinds = [_varying(s) - frozenset(as_names(axis_name)) for s in sums]
     found: dict[int, jax.Array] = {}
     for kind in dict.fromkeys(kinds):
         own = [i for i, k in enumerate(kinds) if k == kind]
@@ -59,14 +59,14 @@ def gather(arrays: Sequence[jax.Array], axis_name: AxisName) -> list[jax.Array]:
     """Each array of every device, stacked along a new first axis; the same on all."""
     # Not lax.all_gather, whose result counts as varying under shard_map's check_vma.
     flat = _vary_over_all(_raveled(arrays), axis_name)
-    index = lax.axis_index(_names(axis_name))
+    index = lax.axis_index(as_names(axis_name))
     table = _table(flat, index, axis_size(axis_name), axis_name)
     return _unravel(table, arrays)
 
 
 def axis_size(axis_name: AxisName | None) -> int:
     """The number of devices along the named axes."""
-    return prod(_size(name) for name in _names(axis_name))
+    return prod(_size(name) for name in as_names(axis_name))
 
 
 def hashable(axis_name, axis_index_groups) -> tuple:
@@ -100,7 +100,7 @@ def split_axis(array: jax.Array, axis: int, sizes: tuple[int, int]) -> jax.Array
     spec = [*sharding.spec, *[None] * (array.ndim - len(sharding.spec))]
     if spec[axis] is None:
         return array.reshape(shape)
-    shards = prod(sharding.mesh.shape[name] for name in _names(spec[axis]))
+    shards = prod(sharding.mesh.shape[name] for name in as_names(spec[axis]))
     along = (spec[axis], None) if sizes[0] % shards == 0 else (None, None)
     spec[axis : axis + 1] = along
     return lax.reshape(array, shape, out_sharding=sharding.update(spec=P(*spec)))
@@ -156,7 +156,7 @@ def take_rows(table: jax.Array, index: jax.Array) -> jax.Array:
 
 def require_same_on_all(name: str, array: jax.Array, axis_name: AxisName | None):
     """Refuses an array that, by its type, differs along the axes summed over."""
-    differs = sorted(_varying(array) & frozenset(_names(axis_name)))
+    differs = sorted(_varying(array) & frozenset(as_names(axis_name)))
     if differs:
         raise ValueError(
             f"`{name}` varies over the axes {differs}, which `axis_name` sums over. "
@@ -170,7 +170,7 @@ def same_on_all(array: jax.Array, local: jax.Array, axis_name: AxisName | None) 
 
     Types tell only where they say of `local`, which differs along them, that it does.
     """
-    names = frozenset(_names(axis_name))
+    names = frozenset(as_names(axis_name))
     return names <= _varying(local) and not names & _varying(array)
 
 
@@ -184,13 +184,14 @@ def cotangent_like(
     (but not where the sums are over groups: then `total` differs along the axis).
     """
     missing = _varying(local) - _varying(operand)
-    summed = frozenset(_names(axis_name)) - _varying(total)
+    summed = frozenset(as_names(axis_name)) - _varying(total)
     if summed and summed <= missing:
         local, missing = total, missing - summed
     return lax.psum(local, tuple(sorted(missing))) if missing else local
 
 
-def _names(axis_name: AxisName | None) -> tuple[str, ...]:
+def as_names(axis_name: AxisName | None) -> tuple[str, ...]:
+    """One name or several, or None, as a tuple."""
     if axis_name is None:
         return ()
     return tuple(axis_name) if isinstance(axis_name, (tuple, list)) else (axis_name,)
@@ -228,7 +229,7 @@ def _vary_over_all(array: jax.Array, axis_name: AxisName) -> jax.Array:
 
     A psum takes only what varies over all of its axes, or over none.
     """
-    names, varying = frozenset(_names(axis_name)), _varying(array)
+    names, varying = frozenset(as_names(axis_name)), _varying(array)
     if not names & varying:
         return array
     manual = frozenset(jax.sharding.get_abstract_mesh().manual_axes)
@@ -250,7 +251,7 @@ def _group_sum(flat: jax.Array, axis_name: AxisName, groups: Groups) -> jax.Arra
     # vmap. A table with a row per group does, and so does its derivative.
     group_of = {index: g for g, group in enumerate(groups) for index in group}
     group_of = jnp.asarray([group_of[index] for index in range(len(group_of))])
-    own = group_of[lax.axis_index(_names(axis_name)[0])]
+    own = group_of[lax.axis_index(as_names(axis_name)[0])]
     return _table(flat, own, len(groups), axis_name)[own]
 
 

@@ -8,7 +8,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from jaxbn import _axes, _dtypes, _mesh, _sums
+from jaxbn import _axes, _dtypes, _kernels, _mesh, _sums
 
 
 class Moments(NamedTuple):
@@ -39,6 +39,7 @@ def moments(
     shift: ArrayLike | None = None,
     axis_name: _mesh.AxisName | None = None,
     axis_index_groups: _mesh.Groups | None = None,
+    implementation: str | None = None,
 ) -> Moments:
     """Mean and biased variance of `x` over all axes but the feature axes.
 
@@ -64,6 +65,10 @@ def moments(
         to sum over. With a shift this takes one all-reduce, without one two.
       axis_index_groups: Groups of indices that partition the one named axis; each group
         then has moments of its own.
+      implementation: What computes the sums. None takes the kernels of jaxbn-cpu where
+        they are installed, know these dtypes and axes, and the program is lowered for a
+        CPU; there, one read of `x` is exact with and without a shift. "xla" declines
+        them, and "cpu" demands them.
 
     Returns:
       `Moments(mean, var, count)` in the accumulation dtype; `mean` and `var` have the
@@ -75,8 +80,8 @@ def moments(
       TypeError: `x` is not floating or complex, or `weights` or `shift` are complex
         where `x` is real.
       ValueError: An axis is out of range or named twice, `shift` has another shape
-        than the feature axes, `weights` do not broadcast, or the groups do not
-        partition the axis.
+        than the feature axes, `weights` do not broadcast, the groups do not partition
+        the axis, or `implementation` is another word or demands what is not to be had.
       NameError: `axis_name` is not bound.
 
     Example:
@@ -95,8 +100,9 @@ def moments(
     feature_axes = _axes.canonical(feature_axes, x.ndim)
     if weights is not None:
         weights = _axes.weights_like(weights, x, _dtypes.accumulation(x.dtype))
+    kernels = _kernels.choose(implementation, x, feature_axes, weights)
     over = axis_name, axis_index_groups
-    return _pooled(x, None, weights, shift, feature_axes, *over)
+    return _pooled(x, None, weights, shift, feature_axes, *over, kernels)
 
 
 def merge_moments(
@@ -180,6 +186,7 @@ def _pooled(
     feature_axes: tuple[int, ...],
     axis_name: _mesh.AxisName | None,
     axis_index_groups: _mesh.Groups | None,
+    kernels: _kernels.Chosen | None = None,
 ) -> Moments:
     """The moments of values, or of parts with mean `x` and variance `within`."""
     _mesh.require_bound(axis_name, axis_index_groups)
@@ -193,30 +200,37 @@ def _pooled(
         return [checkpoint_name(s, "jaxbn_moments") for s in sums]
 
     def central_sums(center):
+        if kernels:
+            return _kernels.central_sums(kernels, x, center, weights, known)
         sums = _sums.central_sums(x, center, weights, feature_axes)
         if within is None:
             return sums
         return *sums, _sums.weighted_sum(within, weights, feature_axes)
 
+    known = None
     count = _sums.total_weight(x, weights, feature_axes)
     if shift is None:
         # The moments do not depend on the center, so neither does their derivative.
-        total = _sums.weighted_sum(lax.stop_gradient(x), weights, feature_axes)
+        if kernels:
+            known = _kernels.first_pass(kernels, x, weights)
+            total = known.total
+        else:
+            total = _sums.weighted_sum(lax.stop_gradient(x), weights, feature_axes)
         total, count = all_sum(total, count)
-        center = total / divisor(count)
+        center = total / _sums.divisor(count)
         first, second, *inner = all_sum(*central_sums(center))
     else:
         center = jnp.where(jnp.isfinite(shift), shift, 0)
         first, second, *inner, count = all_sum(*central_sums(center), count)
 
-    offset = first / divisor(count)
+    offset = first / _sums.divisor(count)
     # Where Σ|δ|² overflows, var is infinite, not inf − inf.
     excess = jnp.where(jnp.isfinite(second), _sums.squared(offset), 0)
-    var = second / divisor(count) - excess
+    var = second / _sums.divisor(count) - excess
     # Not maximum(var, 0), whose derivative is halved where var is 0.
     var = jnp.where(var < 0, 0, var)
     for part in inner:
-        var = var + part / divisor(count)
+        var = var + part / _sums.divisor(count)
     return Moments(center + offset, var, count)
 
 
@@ -225,11 +239,6 @@ def whole_count(m: Moments) -> jax.Array:
     mean, count = jnp.asarray(m.mean), jnp.asarray(m.count)
     count = jnp.expand_dims(count, tuple(range(count.ndim, mean.ndim)))
     return _mesh.shard_like(jnp.broadcast_to(count, mean.shape), mean)
-
-
-def divisor(count: jax.Array) -> jax.Array:
-    """A count to divide by: where it is 0, anything over it is as good as 0."""
-    return jnp.where(count > 0, count, jnp.finfo(count.dtype).max)
 
 
 def _checked_shift(shift, x, feature_axes) -> jax.Array:

@@ -24,8 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbn import _axes, _dtypes, _mesh, _sums
-from jaxbn._moments import divisor
+from jaxbn import _axes, _dtypes, _kernels, _mesh, _sums
 from jaxbn._normalize import normalize
 
 
@@ -36,6 +35,7 @@ class Static(NamedTuple):
     dtype: Any
     axis_name: _mesh.AxisName | None
     axis_index_groups: _mesh.Groups | None
+    kernels: _kernels.Chosen | None = None
 
 
 class Given(NamedTuple):
@@ -98,25 +98,29 @@ def _vjp_form_fwd(static: Static, x, scale, bias, given: Given):
 
 def _vjp_form_bwd(static: Static, residuals, c):
     x, scale, bias, given = residuals
-    wide, c, expand, inv, k, _ = _prepare(static, x, c, scale, given)
-    summed, elementwise = wide + expand(-given.mean), wide - expand(given.mean)
+    wide, wide_c, expand, inv, k, _ = _prepare(static, x, c, scale, given)
+    if static.kernels:
+        operands = c, x, given.mean, given.weights
+        local = _kernels.cotangent_sums(static.kernels, *operands)
+    else:
+        summed = wide + expand(-given.mean)
+        local = _sums.cotangent_sums(wide_c, summed, static.feature_axes)
+    delta = wide - expand(given.mean)
     vectors = scale, bias, inv, k
-    dx, dscale, dbias = pull_back(static, c, summed, elementwise, *vectors, given)
+    dx, dscale, dbias = pull_back(static, wide_c, delta, local, *vectors, given)
     return as_cotangent(dx, x), dscale, dbias, None
 
 
-def pull_back(
-    static: Static, c, summed, elementwise, scale, bias, inv, k, given: Given
-):
+def pull_back(static: Static, c, delta, local, scale, bias, inv, k, given: Given):
     """Cotangents of x (still wide), scale and bias from that of y.
 
-    δ comes twice, spelled in two ways for XLA's sake (see `_sums`).
+    `local` are this device's Σc and Σc·δ, their δ spelled in another way than `delta`
+    for XLA's sake (see `_sums`).
     """
     expand = partial(_axes.expand, feature_axes=static.feature_axes, ndim=c.ndim)
-    n = divisor(given.count)
-    local = _sums.cotangent_sums(c, summed, static.feature_axes)
+    n = _sums.divisor(given.count)
     over = static.axis_name, static.axis_index_groups
-    if _mesh.same_on_all(k, elementwise, static.axis_name):
+    if _mesh.same_on_all(k, delta, static.axis_name):
         total = _mesh.all_sum(local, *over)
         sum_kc, sum_kc_delta = k * total[0], (k * total[1]).real
     else:  # Scale may differ between the devices: k is summed with c.
@@ -124,7 +128,7 @@ def pull_back(
         sum_kc, sum_kc_delta, *total = _mesh.all_sum((*with_k, *local), *over)
     c0 = -sum_kc / n
     c1 = -jnp.square(inv) * sum_kc_delta / n
-    through_moments = elementwise.conj() * expand(c1) + expand(c0)
+    through_moments = delta.conj() * expand(c1) + expand(c0)
     dx = c * expand(k) + _sums.times(through_moments, given.weights)
 
     def vector(operand, here, everywhere):
@@ -181,7 +185,7 @@ def _prepare(static: Static, x, dx, scale, given: Given):
         x = jnp.where(_sums.hidden(x, given.weights), expand(given.mean), x)
     inv = lax.rsqrt(given.var + given.epsilon.astype(given.var.dtype))
     k = inv if scale is None else inv * _dtypes.widen(scale, x)
-    return x, dx, expand, inv, k, divisor(given.count)
+    return x, dx, expand, inv, k, _sums.divisor(given.count)
 
 
 def as_cotangent(array: jax.Array, operand: jax.Array) -> jax.Array:

@@ -74,6 +74,11 @@ def cotangent_sums(
     return jnp.sum(dy, reduced), jnp.sum(dy * delta, reduced)
 
 
+def divisor(count: jax.Array) -> jax.Array:
+    """A count to divide by: where it is 0, anything over it is as good as 0."""
+    return jnp.where(count > 0, count, jnp.finfo(count.dtype).max)
+
+
 def select(x: jax.Array, weights: jax.Array | None, replacement) -> jax.Array:
     """x, and `replacement` where the weight is 0."""
     return x if weights is None else jnp.where(_present(weights), x, replacement)

@@ -22,13 +22,14 @@ ROWS, COUNT = 24, 8
 CASES = [(form, shift) for form in FORMS for shift in (None, 0.7)]
 
 
-def arguments():
-    x = numbers((ROWS, 3), "float64")
+def arguments(dtype="float64"):
+    x = numbers((ROWS, 3), dtype)
     # Weights that differ between devices; device 2 has none, and NaN under the mask.
     w = np.random.default_rng(1).integers(0, 3, size=(ROWS, 1)).astype(np.float64)
     w[6:9] = 0
     x = x.at[7].set(jnp.nan)
-    return x, numbers(3, "float64", 5), numbers(3, "float64", 6), jnp.asarray(w)
+    vectors = numbers(3, dtype, 5), numbers(3, dtype, 6)
+    return x, *vectors, jnp.asarray(w, dtype)
 
 
 def terms(x, scale, bias, w, form, shift, axis_name=None, groups=None):
@@ -43,7 +44,7 @@ def terms(x, scale, bias, w, form, shift, axis_name=None, groups=None):
         axis_index_groups=groups,
         derivatives=form,
     )
-    stats = jaxbn.update(jaxbn.init_stats(3, dtype=jnp.float64), m)
+    stats = jaxbn.update(jaxbn.init_stats(3, dtype=x.dtype), m)
     y = jnp.where(w > 0, y, 0)
     return jnp.sin(y).sum(1), (m.mean**2 * m.var).sum(), (y, m, stats)
 
@@ -125,8 +126,9 @@ def mesh_of(*shape, names=("data",), kind=AxisType.Auto):
     return jax.make_mesh(shape, names, axis_types=(kind,) * len(shape))
 
 
-def close(got, expected):
-    jax.tree.map(partial(assert_close, rtol=1e-10, atol=1e-10), got, expected)
+def close(got, expected, tolerance=1e-10):
+    near = partial(assert_close, rtol=tolerance, atol=tolerance)
+    jax.tree.map(near, got, expected)
 
 
 def derivatives(f):

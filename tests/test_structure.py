@@ -14,9 +14,10 @@ ROOT = pathlib.Path(jaxbn.__file__).parent
 
 # A file imports from floors below its own only, or from its own package.
 FLOORS = [
-    {"_dtypes", "_mesh"},
+    {"_dtypes", "_mesh", "_platform"},
     {"_axes"},
-    {"_sums"},
+    {"_sums", "_spread"},
+    {"_kernels"},
     {"_moments", "_normalize"},
     {"_rules"},
     {"_batch_norm", "_in_place"},

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxbn import _axes, _dtypes, _sums
-from jaxbn._moments import divisor
 from jaxbn.interop.tf_nn import _arguments
 
 
@@ -149,7 +148,7 @@ def _checked_shift(shift: ArrayLike, into: str, array: jax.Array) -> jax.Array:
 
 def _over(total: jax.Array, counts: jax.Array) -> jax.Array:
     total, counts = jnp.broadcast_arrays(total, counts.astype(total.real.dtype))
-    return total / divisor(counts)
+    return total / _sums.divisor(counts)
 
 
 def _without(shift: jax.Array, reduced: tuple[int, ...], ndim: int) -> jax.Array:

@@ -1,0 +1,236 @@
+"""The same sums by the CPU kernels of jaxbn-cpu, where these are installed.
+
+The kernels' sums take their derivatives from XLA's (`_sums`), and are these wherever the
+program is not lowered for a CPU (`_platform`).
+
+The kernels need no center: they return the mean and Σw|x − mean|², each exact, with
+
+    Σwδ = n·(mean − center)      Σw|δ|² = Σw|x − mean|² + n·|mean − center|²
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from math import prod
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxbn import _axes, _dtypes, _mesh, _spread, _sums
+from jaxbn._platform import Operation
+
+FeatureAxes = tuple[int, ...]
+DTYPES = (jnp.float32, jnp.bfloat16)
+
+
+class Chosen(NamedTuple):
+    """That the kernels compute, and whether they must (or XLA may, off the CPU)."""
+
+    feature_axes: FeatureAxes
+    demanded: bool
+
+
+class FirstPass(NamedTuple):
+    """What is known of `x` before there is a center. XLA's has the total alone."""
+
+    total: jax.Array
+    mean: jax.Array
+    squares: jax.Array
+
+
+def choose(
+    implementation: str | None,
+    x: jax.Array,
+    feature_axes: FeatureAxes,
+    weights: jax.Array | None = None,
+    *others: jax.Array | None,
+) -> Chosen | None:
+    """The kernels, or None for XLA; refused if demanded and not to be had.
+
+    `others` are arrays that must be as narrow as the kernels' arithmetic.
+    """
+    if implementation not in (None, "xla", "cpu"):
+        raise ValueError(
+            f"`implementation` must be None, 'xla' or 'cpu', got {implementation!r}."
+        )
+    if implementation == "xla":
+        return None
+    obstacle = _obstacle(x, feature_axes, weights, others)
+    if obstacle and implementation == "cpu":
+        raise ValueError(
+            f"`implementation` is 'cpu', but the kernels cannot be used: {obstacle} "
+            "Leave it out to have XLA compute where they cannot."
+        )
+    return None if obstacle else Chosen(feature_axes, implementation == "cpu")
+
+
+def first_pass(chosen: Chosen, x: jax.Array, weights: jax.Array | None) -> FirstPass:
+    """Of data: gradients stop here."""
+    operands = lax.stop_gradient((x, weights))
+    return FirstPass(*_operation(chosen, _xla_first_pass, _first_pass)(*operands))
+
+
+def central_sums(
+    chosen: Chosen,
+    x: jax.Array,
+    center: jax.Array,
+    weights: jax.Array | None,
+    known: FirstPass | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Σwδ and Σw|δ|² about `center`, which is constant to all derivatives."""
+    operands = x, lax.stop_gradient(center), weights, known
+    return _operation(chosen, _xla_central_sums, _central_sums)(*operands)
+
+
+def cotangent_sums(
+    chosen: Chosen,
+    dy: jax.Array,
+    x: jax.Array,
+    mean: jax.Array,
+    weights: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Σdy and Σdy·(x − mean), x being the mean where it is hidden."""
+    operands = dy, x, mean, weights
+    return _operation(chosen, _xla_cotangent_sums, _cotangent_sums)(*operands)
+
+
+def _operation(chosen: Chosen, xla: Callable, native: Callable) -> Operation:
+    forms = (_Form(f, chosen.feature_axes) for f in (xla, native))
+    return Operation(*forms, chosen.demanded)
+
+
+class _Form(NamedTuple):
+    """A function of the feature axes and of arrays, as a function of arrays."""
+
+    f: Callable
+    feature_axes: FeatureAxes
+
+    def __call__(self, *operands):
+        return self.f(self.feature_axes, *operands)
+
+
+def _xla_first_pass(axes: FeatureAxes, x, weights) -> FirstPass:
+    total = _sums.weighted_sum(x, weights, axes)
+    return FirstPass(total, jnp.zeros_like(total), jnp.zeros_like(total))
+
+
+def _first_pass(axes: FeatureAxes, x, weights) -> FirstPass:
+    mean, squares = _over_devices(_local_moments, axes, x, weights)
+    return FirstPass(_sums.total_weight(x, weights, axes) * mean, mean, squares)
+
+
+def _xla_central_sums(axes: FeatureAxes, x, center, weights, known):
+    return _sums.central_sums(x, center, weights, axes)
+
+
+def _central_sums(axes: FeatureAxes, x, center, weights, known: FirstPass | None):
+    if known is None:
+        return _over_devices(_local_sums, axes, x, weights, center)
+    n = _sums.total_weight(x, weights, axes)
+    return _about(center, n, known.mean, known.squares)
+
+
+def _xla_cotangent_sums(axes: FeatureAxes, dy, x, mean, weights):
+    mean = _axes.expand(mean, axes, x.ndim)
+    dy, x = _dtypes.widen(dy), _dtypes.widen(x)
+    if weights is not None:
+        x = jnp.where(_sums.hidden(x, weights), mean, x)
+    return _sums.cotangent_sums(dy, x - mean, axes)
+
+
+def _cotangent_sums(axes: FeatureAxes, dy, x, mean, weights):
+    return _over_devices(_local_cotangent_sums, axes, x, weights, dy, mean)
+
+
+def _obstacle(x, feature_axes: FeatureAxes, weights, others) -> str | None:
+    """Why the kernels cannot be used, as a sentence."""
+    if importlib.util.find_spec("jaxbn_cpu") is None:
+        return "jaxbn-cpu is not installed (`pip install jaxbn-cpu`)."
+    given = ", ".join(str(jnp.dtype(dtype)) for dtype in DTYPES)
+    for array in (x, *others):
+        if array is not None and array.dtype not in DTYPES:
+            return f"they are for {given}, and there is an array of {array.dtype}."
+    first, last = feature_axes[0] if feature_axes else 0, len(feature_axes)
+    if feature_axes != tuple(range(first, first + last)):
+        return f"the feature axes {feature_axes} are not next to each other."
+    if weights is not None and any(weights.shape[axis] > 1 for axis in feature_axes):
+        return "the weights vary along the features."
+    if not _spread.is_possible(x):
+        return "the axes of the mesh are of different kinds."
+    return None
+
+
+def _over_devices(f: Callable, axes: FeatureAxes, x, weights, *rest) -> tuple:
+    """One of the functions below, of whatever part of `x` each device has."""
+    roles = [_spread.X if a.ndim == x.ndim else _spread.VECTOR for a in rest]
+    operands = [x, *rest]
+    if weights is not None:
+        shape = [1 if i in axes else n for i, n in enumerate(x.shape)]
+        operands.append(jnp.broadcast_to(weights, shape).astype(jnp.float32))
+        roles.append(_spread.WEIGHTS)
+    local = _Local(f, axes, weights is not None)
+    return tuple(_spread.spread(local, (_spread.X, *roles), axes)(*operands))
+
+
+class _Local(NamedTuple):
+    """A function of names, feature axes, x, weights, ..., as `spread` takes it."""
+
+    f: Callable
+    feature_axes: FeatureAxes
+    weighted: bool
+
+    def __call__(self, names: tuple[str, ...], x, *rest):
+        *rest, weights = rest if self.weighted else (*rest, None)
+        return tuple(self.f(names, self.feature_axes, x, weights, *rest))
+
+
+def _local_moments(names, axes: FeatureAxes, x, weights):
+    mean, squares = _moments(axes, x, weights)
+    if not names:
+        return mean, squares
+    n = _sums.total_weight(x, weights, axes)
+    total, whole = _mesh.all_sum((n * mean, n), names)
+    center = total / _sums.divisor(whole)
+    first, squares = _mesh.all_sum(_about(center, n, mean, squares), names)
+    return center, squares
+
+
+def _local_sums(names, axes: FeatureAxes, x, weights, center):
+    n = _sums.total_weight(x, weights, axes)
+    sums = _about(center, n, *_moments(axes, x, weights))
+    return _mesh.all_sum(sums, names) if names else sums
+
+
+def _local_cotangent_sums(names, axes: FeatureAxes, x, weights, dy, mean):
+    kernel = importlib.import_module("jaxbn_cpu").cotangents
+    arrays = _in_three(axes, dy), _in_three(axes, x)
+    sums = kernel(*arrays, mean.reshape(-1), _in_two(axes, weights))
+    sums = [s.reshape(mean.shape) for s in sums]
+    return _mesh.all_sum(sums, names) if names else sums
+
+
+def _about(center, n, mean, squares):
+    """The sums about another center, of data with these moments."""
+    offset = mean - center
+    return n * offset, squares + n * jnp.square(offset)
+
+
+def _moments(axes: FeatureAxes, x, weights) -> list[jax.Array]:
+    kernel = importlib.import_module("jaxbn_cpu").moments
+    found = kernel(_in_three(axes, x), _in_two(axes, weights))
+    return [a.reshape(_axes.lengths(x, axes)) for a in found]
+
+
+def _in_three(axes: FeatureAxes, x: jax.Array) -> jax.Array:
+    """In the shape (outer, channels, inner)."""
+    first = axes[0] if axes else x.ndim
+    last = first + len(axes)
+    sizes = x.shape[:first], x.shape[first:last], x.shape[last:]
+    return x.reshape([prod(size) for size in sizes])
+
+
+def _in_two(axes: FeatureAxes, weights: jax.Array | None) -> jax.Array | None:
+    """In the shape (outer, inner)."""
+    return None if weights is None else _in_three(axes, weights)[:, 0]

@@ -1,0 +1,105 @@
+"""Operations in two forms: one that XLA compiles, and a native one for programs on CPUs.
+
+Which form is compiled is known when a program is lowered, for whatever platform. What
+JAX does to an operation before that, it does to XLA's form.
+
+This is a primitive, and not `lax.platform_dependent` in a `jax.custom_jvp`: where a
+`scan` is differentiated, JAX keeps what such a function calls, but not its rule.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
+from jax.interpreters import ad, batching, mlir
+
+
+class Operation(NamedTuple):
+    """Both forms, functions of the same arrays that return the same tuple of arrays.
+
+    They must be hashable. `demanded` has programs for other platforms refused.
+    """
+
+    xla: Callable
+    native: Callable
+    demanded: bool
+
+    def __call__(self, *operands: Any) -> tuple:
+        """Operands may be None."""
+        leaves, tree = jax.tree.flatten(operands)
+        where = tuple(map(jax.typeof, leaves)), jax.sharding.get_abstract_mesh()
+        xla, native = (_traced(f, tree, *where) for f in (self.xla, self.native))
+        out = _operation.bind(*leaves, xla=xla, native=native, demanded=self.demanded)
+        return tuple(out)
+
+
+# Kept, since programs that were compiled are found by these very objects.
+@functools.lru_cache(maxsize=4096)
+def _traced(form: Callable, tree, avals: tuple, mesh) -> ClosedJaxpr:
+    return jax.make_jaxpr(lambda *leaves: form(*jax.tree.unflatten(tree, leaves)))(
+        *avals
+    )
+
+
+_operation = Primitive("jaxbn_operation")
+_operation.multiple_results = True
+
+
+@_operation.def_impl
+def _impl(*leaves, **params):
+    return _compiled(**params)(*leaves)
+
+
+@functools.lru_cache(maxsize=4096)
+def _compiled(**params):
+    return jax.jit(functools.partial(_operation.bind, **params))
+
+
+@_operation.def_abstract_eval
+def _abstract(*avals, xla: ClosedJaxpr, native: ClosedJaxpr, demanded: bool):
+    return xla.out_avals
+
+
+def _jvp(primals, tangents, xla: ClosedJaxpr, **params):
+    moving = [i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
+
+    def along(*values):
+        every = list(primals)
+        for i, value in zip(moving, values, strict=True):
+            every[i] = value
+        return jaxpr_as_fun(xla)(*every)
+
+    args = [[array[i] for i in moving] for array in (primals, tangents)]
+    _, out = jax.jvp(along, *args)
+    return _operation.bind(*primals, xla=xla, **params), out
+
+
+def _batch(leaves, axes, xla: ClosedJaxpr, native: ClosedJaxpr, demanded: bool):
+    if demanded:
+        raise NotImplementedError(
+            "`implementation` is 'cpu', but the kernels cannot be used under "
+            "`jax.vmap`. Leave it out to have XLA compute there."
+        )
+    out = jax.vmap(jaxpr_as_fun(xla), axes)(*leaves)
+    return out, [0] * len(out)
+
+
+def _lower(ctx, *leaves, xla: ClosedJaxpr, native: ClosedJaxpr, demanded: bool, cpu):
+    if demanded and not cpu:
+        raise NotImplementedError(
+            "`implementation` is 'cpu', but the program is lowered for another platform "
+            f"({', '.join(ctx.module_context.platforms)}). Leave it out to have XLA "
+            "compute there."
+        )
+    form = jaxpr_as_fun(native if cpu else xla)
+    return mlir.lower_fun(form, multiple_results=True)(ctx, *leaves)
+
+
+ad.primitive_jvps[_operation] = _jvp
+batching.primitive_batchers[_operation] = _batch
+mlir.register_lowering(_operation, functools.partial(_lower, cpu=False))
+mlir.register_lowering(
+    _operation, functools.partial(_lower, cpu=True), platform="cpu"
+)

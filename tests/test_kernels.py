@@ -1,0 +1,332 @@
+"""Batch norm by the CPU kernels of jaxbn-cpu: the same numbers, everywhere."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+import spread
+from data import (
+    LAYOUTS,
+    WEIGHTS,
+    assert_close,
+    numbers,
+    reduced_axes,
+    squeeze,
+    weights,
+)
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxbn
+
+pytest.importorskip("jaxbn_cpu", reason="needs jaxbn-cpu: `pip install ./native`")
+
+CALLS = r"custom_call(?:_target)?[ =(]*[@\"]+jaxbn_"
+ADJACENT = [name for name in LAYOUTS if "two_axes" not in name]
+
+
+def batch_norm(x, scale, bias, *, implementation="cpu", **options):
+    return jaxbn.batch_norm(x, scale, bias, implementation=implementation, **options)
+
+
+def calls(text, name=""):
+    return len(re.findall(CALLS + name, text))
+
+
+@pytest.mark.parametrize("layout", ADJACENT)
+@pytest.mark.parametrize("kind", [k for k in WEIGHTS if k != "features"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("near", [False, True])
+def test_values_and_derivatives(layout, kind, dtype, near):
+    shape, axes = LAYOUTS[layout]
+    reduced = reduced_axes(shape, axes)
+    x, dy = numbers(shape, dtype), numbers(shape, dtype, 3)
+    w = weights(kind, shape, reduced)
+    if w is not None and any(w.shape[axis] > 1 for axis in axes):
+        w = w.max(tuple(axis % len(shape) for axis in axes), keepdims=True)
+    features = [shape[axis] for axis in sorted(axis % len(shape) for axis in axes)]
+    scale, bias = numbers(features, "float32", 5), numbers(features, "float32", 6)
+    options = {"feature_axes": axes, "weights": w, "shift": scale if near else None}
+
+    @jax.jit
+    def step(x, scale, bias, dy):
+        f = partial(batch_norm, **options)
+        y, vjp, m = jax.vjp(f, x, scale, bias, has_aux=True)
+        return y, m, vjp(dy)
+
+    y, m, cotangents = step(x, scale, bias, dy)
+    wide = oracle.moments(x, reduced, w)
+    at = np.expand_dims
+    s, b = at(scale, reduced), at(bias, reduced)
+    empty = wide.count.max() == 0  # Normalized by the shift, or 0.
+    if not empty:
+        near_enough = {"rtol": 1e-5, "atol": 1e-5}
+        assert_close(m.mean, squeeze(wide.mean, reduced), **near_enough)
+        assert_close(m.var, squeeze(wide.var, reduced), **near_enough)
+        tolerance = 4e-2 if dtype == "bfloat16" else 2e-3
+        truth = oracle.normalize(x, wide.mean, wide.var, s, b)
+        assert_close(y, truth, rtol=tolerance, atol=tolerance)
+    expected = jax.jit(
+        lambda *a: jax.vjp(
+            lambda *a: batch_norm(*a, implementation="xla", **options)[0], *a
+        )[1](dy)
+    )(x, scale, bias)
+    tolerance = 2e-2 if dtype == "bfloat16" else 1e-3
+    for got, truth in zip(cotangents, expected, strict=True):
+        size = float(np.abs(np.asarray(truth, np.float64)).max(initial=1))
+        assert_close(got, truth, rtol=tolerance, atol=tolerance * size)
+    if kind in ("none", "mask") and not empty and dtype == "float32":
+        truths = oracle.vjp(x, dy, reduced, s, w)
+        for got, truth in zip(cotangents, truths, strict=True):
+            truth = truth if truth.shape == got.shape else squeeze(truth, reduced)
+            size = float(np.abs(truth).max(initial=1))
+            assert_close(got, truth, rtol=2e-3, atol=2e-4 * size)
+
+
+@pytest.mark.parametrize("mean", [1e2, 1e4])
+def test_the_variance_is_exact_without_a_shift(mean):
+    x = numbers((30000, 16), "float32", mean=mean, std=1.0)
+    m = jax.jit(partial(jaxbn.moments, implementation="cpu"))(x)
+    assert_close(m.var, np.asarray(x, np.float64).var(0), rtol=1e-6, atol=0)
+
+
+def test_nan_under_the_mask_reaches_nothing():
+    x, w = numbers((40, 3), "float32"), np.arange(40)[:, None] % 4 != 0
+    x = jnp.where(w, x, jnp.nan)
+    scale = bias = numbers(3, "float32", 5)
+
+    def loss(x, scale, implementation):
+        y, m = batch_norm(x, scale, bias, weights=w, implementation=implementation)
+        return jnp.sum(jnp.sin(jnp.where(w, y, 0))) + jnp.sum(m.var)
+
+    def penalty(x, scale, implementation):
+        grads = jax.grad(loss, argnums=(0, 1))(x, scale, implementation)
+        return sum(jnp.sum(jnp.sin(g)) for g in grads)
+
+    for f in (loss, penalty):
+        got, expected = (jax.grad(f, (0, 1))(x, scale, i) for i in ("cpu", "xla"))
+        for a, b in zip(got, expected, strict=True):
+            assert np.isfinite(a).all()
+            assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_x_is_read_once_forward_and_once_backward():
+    x, v = numbers((64, 5), "float32"), jnp.ones(5)
+    step = jax.jit(jax.grad(lambda x: jnp.sum(batch_norm(x, v, v)[0] ** 3)))
+    text = step.lower(x).compile().as_text()
+    assert calls(text, "moments") == 1
+    assert calls(text, "cotangents") == 1
+
+
+@pytest.mark.parametrize("near", [False, True])
+def test_derivatives_of_derivatives(near):
+    x = numbers((12, 3), "float32", std=1.0)
+    scale, bias = numbers(3, "float32", 5), numbers(3, "float32", 6)
+
+    def loss(implementation):
+        options = {"shift": bias if near else None, "implementation": implementation}
+
+        def f(x, scale, bias):
+            y, m = batch_norm(x, scale, bias, **options)
+            return jnp.sum(jnp.sin(y)) + jnp.sum(m.mean * m.var)
+
+        return f
+
+    def second(f):
+        def penalty(*args):
+            return sum(jnp.sum(jnp.sin(g)) for g in jax.grad(f, (0, 1, 2))(*args))
+
+        direction = (jnp.cos(x), scale, bias)
+        return jax.jit(
+            lambda *a: (jax.grad(penalty, (0, 1, 2))(*a), jax.jvp(penalty, a, direction))
+        )(x, scale, bias)
+
+    spread.close(second(loss("cpu")), second(loss("xla")), 2e-3)
+    hessians = (jax.jit(jax.hessian(loss(i)))(x, scale, bias) for i in (None, "xla"))
+    spread.close(*hessians, 2e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_kept_is_what_xla_keeps(dtype):
+    x, v = jnp.zeros((6, 5, 4), dtype), jnp.ones(4)
+
+    def kept(implementation):
+        f = partial(batch_norm, implementation=implementation)
+        pull = jax.eval_shape(lambda *a: jax.vjp(lambda *a: f(*a)[0], *a)[1], x, v, v)
+        return [a.dtype for a in jax.tree.leaves(pull) if a.ndim == 3]
+
+    assert kept("cpu") == kept("xla") == [dtype]
+
+
+@pytest.mark.parametrize("name", [n for n in spread.CONTEXTS if n != "vmap"])
+@pytest.mark.parametrize("shift", [None, 0.7])
+def test_across_devices(name, shift):
+    args = spread.arguments("float32")
+    options = {"form": "vjp", "shift": shift}
+    f = partial(spread.CONTEXTS[name], **options)
+    expected = spread.derivatives(partial(spread.whole, **options))(*args)
+    # One device may have a few values whose products are large.
+    spread.close(spread.derivatives(f)(*args), expected, 3e-3)
+    text = jax.jit(jax.grad(f, has_aux=True)).lower(*args).as_text()
+    assert calls(text, "moments") >= 1
+    assert calls(text, "cotangents") >= 1
+
+
+def test_vmap_has_xla_compute():
+    x, v = numbers((4, 8, 3), "float32"), jnp.ones(3)
+    f = jax.jit(jax.vmap(lambda x: batch_norm(x, v, v, implementation=None)))
+    assert calls(f.lower(x).compile().as_text()) == 0
+    for got, part in zip(f(x)[0], x, strict=True):
+        assert_close(got, batch_norm(part, v, v)[0], rtol=1e-5, atol=1e-5)
+    with pytest.raises(NotImplementedError, match="cannot be used under `jax.vmap`"):
+        jax.vmap(lambda x: batch_norm(x, v, v))(x)
+
+
+SHARDINGS = {
+    "batch": ((8,), P("a")),
+    "pixels": ((8,), P(None, "a")),
+    "batch and pixels": ((2, 4), P("a", "b")),
+    "features": ((8,), P(None, None, "a")),
+    "batch and features": ((4, 2), P("a", None, "b")),
+    "two axes on one": ((2, 4), P(("a", "b"))),
+    "none": ((8,), P()),
+}
+
+
+@pytest.mark.parametrize("name", SHARDINGS)
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_on_meshes(name, kind, masked):
+    """Nothing is gathered, and one device's numbers are found."""
+    shape, spec = SHARDINGS[name]
+    mesh = spread.mesh_of(*shape, names=("a", "b")[: len(shape)], kind=kind)
+    x, scale = numbers((16, 8, 24), "float32"), numbers(24, "float32", 5)
+    mask = np.random.default_rng(2).random((16, 8, 1)) < 0.7 if masked else None
+
+    def step(x, scale, mask, implementation=None):
+        def loss(x, scale):
+            options = {"weights": mask, "shift": jnp.ones(24)}
+            options["implementation"] = implementation
+            y, m = batch_norm(x, scale, scale, **options)
+            exact = batch_norm(x, scale, scale, implementation=implementation)[1]
+            return jnp.sum(jnp.sin(y)), (y, m, exact)
+
+        return jax.grad(loss, (0, 1), has_aux=True)(x, scale)
+
+    expected = jax.jit(partial(step, implementation="xla"))(x, scale, mask)
+    place = jax.device_put
+    spread_x = place(x, NamedSharding(mesh, spec))
+    replicated = place(scale, NamedSharding(mesh, P()))
+    if masked:
+        mask = place(mask, NamedSharding(mesh, P(*spec[:2])))
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(step).lower(spread_x, replicated, mask).compile()
+        got = compiled(spread_x, replicated, mask)
+    spread.close(got, expected, 2e-4)
+    text = compiled.as_text()
+    assert calls(text, "moments") in (1, 2)  # XLA may see that they are the same.
+    assert calls(text, "cotangents") == 1
+    gathered = re.findall(r"(\w+\[[\d,]*\])\S* all-gather", text)
+    assert not [g for g in gathered if g.count(",") == 2], gathered
+
+
+def test_parts_that_are_not_even_are_not_padded():
+    mesh = spread.mesh_of(8)
+    x = numbers((16, 5), "float32")
+
+    @jax.jit
+    def f(x):
+        rows = jax.lax.with_sharding_constraint(x[:13], NamedSharding(mesh, P("data")))
+        return jaxbn.moments(rows, implementation="cpu")
+
+    got = f(jax.device_put(x, NamedSharding(mesh, P("data"))))
+    spread.close(got, jaxbn.moments(x[:13], implementation="xla"), 1e-5)
+
+
+def test_where_some_axes_are_manual_xla_computes():
+    mesh = spread.mesh_of(4, 2, names=("data", "other"))
+    x = numbers((16, 6), "float32")
+    f = jax.jit(
+        jax.shard_map(
+            lambda x: jaxbn.moments(x, axis_name="data").var,
+            mesh=mesh,
+            in_specs=P("data"),
+            out_specs=P(),
+            axis_names={"data"},
+        )
+    )
+    assert_close(f(x), np.var(x, 0), rtol=1e-5, atol=1e-5)
+    assert calls(f.lower(x).as_text()) == 0
+    demanding = jax.shard_map(
+        lambda x: jaxbn.moments(x, axis_name="data", implementation="cpu").var,
+        mesh=mesh,
+        in_specs=P("data"),
+        out_specs=P(),
+        axis_names={"data"},
+    )
+    with pytest.raises(ValueError, match="axes of the mesh are of different kinds"):
+        jax.jit(demanding)(x)
+
+
+def lowered(f, x, *platforms):
+    return jax.jit(f).trace(x).lower(lowering_platforms=platforms).as_text()
+
+
+def test_programs_for_other_platforms_have_no_kernels():
+    x, v = numbers((8, 4), "float32"), jnp.ones(4)
+
+    def grad(implementation):
+        f = partial(batch_norm, implementation=implementation)
+        return jax.grad(lambda x: jnp.sum(f(x, v, v)[0] ** 3))
+
+    assert calls(lowered(grad(None), x, "cpu")) == 2
+    assert calls(lowered(grad(None), x, "cuda")) == 0
+    assert calls(lowered(grad("xla"), x, "cpu")) == 0
+    with pytest.raises(NotImplementedError, match=r"another platform \(cuda\)"):
+        lowered(grad("cpu"), x, "cuda")
+    both = lowered(grad(None), x, "cpu", "cuda")  # Chosen when it is run.
+    assert calls(both) == 2
+    assert "case" in both
+
+
+def test_export():
+    """As docs/performance.md tells it."""
+    x = numbers((8, 4), "float32")
+    y = batch_norm(x, None, None)[0]
+    for implementation, allowed in (("xla", []), (None, ["moments", "cotangents"])):
+        f = jax.jit(lambda x: batch_norm(x, None, None, implementation=implementation))
+        allowed = [
+            jax.export.DisabledSafetyCheck.custom_call(f"jaxbn_{a}") for a in allowed
+        ]
+        exported = jax.export.export(f, disabled_checks=allowed)(x)
+        assert_close(exported.call(x)[0], y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("x", "options", "message"),
+    [
+        (np.ones((4, 3), np.float16), {}, "there is an array of float16"),
+        (np.ones((4, 3, 2), np.float32), {"feature_axes": (0, 2)}, "not next to each"),
+        (
+            np.ones((4, 3), np.float32),
+            {"weights": np.ones((4, 3))},
+            "the weights vary along the features",
+        ),
+    ],
+)
+def test_what_the_kernels_do_not_know(x, options, message):
+    with pytest.raises(ValueError, match=rf"`implementation` is 'cpu', but.*{message}"):
+        jaxbn.moments(x, implementation="cpu", **options)
+    got = jaxbn.moments(x, **options)
+    spread.close(got, jaxbn.moments(x, implementation="xla", **options))
+
+
+def test_output_of_another_dtype_is_left_to_xla():
+    x = numbers((8, 3), "float32")
+    with pytest.raises(ValueError, match="there is an array of float16"):
+        jaxbn.batch_norm(x, dtype=jnp.float16, implementation="cpu")
+    jax.grad(lambda x: jaxbn.batch_norm(x, dtype=jnp.float16)[0].sum())(x)
