@@ -155,6 +155,8 @@ def _obstacle(x, feature_axes: FeatureAxes, weights, others) -> str | None:
     first, last = feature_axes[0] if feature_axes else 0, len(feature_axes)
     if feature_axes != tuple(range(first, first + last)):
         return f"the feature axes {feature_axes} are not next to each other."
+    if not all(_axes.lengths(x, feature_axes)):
+        return "there are no features."
     if weights is not None and any(weights.shape[axis] > 1 for axis in feature_axes):
         return "the weights vary along the features."
     if not _spread.is_possible(x):

@@ -46,24 +46,30 @@ def spread(f: Callable, roles: tuple, feature_axes: tuple[int, ...]) -> Callable
     return call
 
 
+def _mesh_of(x: jax.Array):
+    """That of its type; of what has none, that of the context."""
+    mesh = jax.typeof(x).sharding.mesh
+    return jax.sharding.get_abstract_mesh() if mesh.empty else mesh
+
+
 def _axis_types(x: jax.Array) -> set[AxisType]:
     around = jax.sharding.get_abstract_mesh()
-    return {*around.axis_types, *jax.typeof(x).sharding.mesh.axis_types}
+    return {*around.axis_types, *_mesh_of(x).axis_types}
 
 
 def _by_type(f: Callable, roles: tuple, feature_axes: tuple[int, ...], *operands):
     """On a mesh of explicit axes, the type of `x` says how it is spread."""
-    sharding = jax.typeof(operands[0]).sharding
-    spec = _padded(sharding.spec, operands[0].ndim)
+    mesh, spec = _mesh_of(operands[0]), jax.typeof(operands[0]).sharding.spec
+    spec = _padded(spec, operands[0].ndim)
     specs = tuple(_spec(spec, role, feature_axes) for role in roles)
     placed = [
-        jax.sharding.reshard(operand, sharding.update(spec=own))
+        jax.sharding.reshard(operand, NamedSharding(mesh, own))
         for operand, own in zip(operands, specs, strict=True)
     ]
     local = functools.partial(f, _reduced_names(spec, feature_axes))
     out = _spec(spec, VECTOR, feature_axes)
     return jax.shard_map(
-        local, mesh=sharding.mesh, in_specs=specs, out_specs=(out, out)
+        local, mesh=mesh, in_specs=specs, out_specs=(out, out)
     )(*placed)
 
 

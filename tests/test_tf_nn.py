@@ -72,7 +72,8 @@ def test_returns_what_tensorflow_returns(name):
             assert value.shape == array.shape, key
             sums = case.function == "sufficient_statistics"
             assert value.dtype == dtype or (sums and value.dtype == jnp.float32), key
-            largest = np.max(np.abs(array), initial=0)
+            # Where the truth is 0, the terms that cancel there leave their rounding.
+            largest = np.max(np.abs(array), initial=0) or 10
             assert_close(wide(value), array, tol, tol * largest, key)
 
 
