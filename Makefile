@@ -7,8 +7,13 @@ VENV := $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 JOBS ?= 2
 INSTALLED := $(VENV)/.installed
+# The CPU kernels, built where there is a C++ compiler. NATIVE=no leaves them out.
+NATIVE ?= $(shell command -v $${CXX:-c++} >/dev/null 2>&1 && echo yes || echo no)
+KERNELS := $(VENV)/.kernels-$(NATIVE)
+KERNEL_SOURCES := $(shell find native -name '*.py' -o -name '*.h' -o -name '*.cc' \
+    -o -name '*.toml' -o -name 'CMakeLists.txt')
 OUT ?= out/digits
-TESTS ?= tests
+TESTS ?= tests $(if $(filter yes,$(NATIVE)),native/tests)
 # Plain torch brings gigabytes of CUDA.
 PEERS ?= '.[peers]' torch==2.13.0+cpu
 # Documents whose examples are run.
@@ -24,20 +29,33 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
-demo: $(INSTALLED)  ## Train a deep network on real digits, with and without batch norm.
+$(KERNELS): $(INSTALLED) $(KERNEL_SOURCES)
+ifeq ($(NATIVE),yes)
+	$(BIN)/python -m pip install -q --disable-pip-version-check \
+	    'scikit-build-core>=0.10' cmake ninja
+	$(BIN)/python -m pip install -q --disable-pip-version-check \
+	    --no-deps --no-build-isolation ./native
+else
+	@echo "Without CPU kernels (no C++ compiler, or NATIVE=no): XLA computes all."
+	@$(BIN)/python -m pip uninstall -q -y jaxbn-cpu 2>/dev/null || true
+endif
+	@rm -f $(VENV)/.kernels-* && touch $@
+
+demo: $(KERNELS)  ## Train a deep network on real digits, with and without batch norm.
 	$(BIN)/python examples/train_digits.py --out $(OUT)
 
-demo-small: $(INSTALLED)  ## The same, shortened to seconds.
+demo-small: $(KERNELS)  ## The same, shortened to seconds.
 	$(BIN)/python examples/train_digits.py --steps 20 --out $(OUT)-small
 
-test: $(INSTALLED)  ## Run the tests.
+test: $(KERNELS)  ## Run the tests.
 	$(BIN)/python -m pytest -q -n $(JOBS) -m 'not slow' $(TESTS)
 
-test-all: $(INSTALLED)  ## Run the tests and the slow ones.
+test-all: $(KERNELS)  ## Run the tests and the slow ones.
 	$(BIN)/python -m pytest -q -n $(JOBS) $(TESTS)
 
-doctest: $(INSTALLED)  ## Run the examples in docstrings and pages.
-	$(BIN)/python -m pytest -q --doctest-modules jaxbn --doctest-glob='*.md' $(PAGES)
+doctest: $(KERNELS)  ## Run the examples in docstrings and pages.
+	$(BIN)/python -m pytest -q --doctest-modules jaxbn \
+	    $(if $(filter yes,$(NATIVE)),--pyargs jaxbn_cpu) --doctest-glob='*.md' $(PAGES)
 
 lint: $(INSTALLED)  ## Check style and format.
 	$(BIN)/ruff check .

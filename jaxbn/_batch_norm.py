@@ -127,10 +127,10 @@ def normalize_batch(
         return _rules.normalize_hidden(static, *operands)
     if derivatives == "jvp":
         return _rules.jvp_form(static, *_rules.rule_operands(*operands))
-    x, scale, bias, given = operands
-    y = jax.ShapeDtypeStruct(x.shape, static.dtype)
+    array, *affine, given = operands
+    dtypes = [static.dtype, *(v.dtype for v in affine if v is not None)]
     kernels = _kernels.choose(
-        implementation, x, static.feature_axes, given.weights, y, scale, bias
+        implementation, array, static.feature_axes, given.weights, *dtypes
     )
     static = static._replace(kernels=kernels)
     return _rules.vjp_form(static, *_rules.rule_operands(*operands))

@@ -1,7 +1,7 @@
 """The same sums by the CPU kernels of jaxbn-cpu, where these are installed.
 
-The kernels' sums take their derivatives from XLA's (`_sums`), and are these wherever the
-program is not lowered for a CPU (`_platform`).
+The kernels' sums take their derivatives from XLA's (`_sums`), and are these wherever
+the program is not lowered for a CPU (`_platform`).
 
 The kernels need no center: they return the mean and Σw|x − mean|², each exact, with
 
@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from jaxbn import _axes, _dtypes, _mesh, _spread, _sums
 from jaxbn._platform import Operation
@@ -45,11 +46,11 @@ def choose(
     x: jax.Array,
     feature_axes: FeatureAxes,
     weights: jax.Array | None = None,
-    *others: jax.Array | None,
+    *dtypes: DTypeLike,
 ) -> Chosen | None:
     """The kernels, or None for XLA; refused if demanded and not to be had.
 
-    `others` are arrays that must be as narrow as the kernels' arithmetic.
+    `dtypes` are those of what else must be as narrow as the kernels' arithmetic.
     """
     if implementation not in (None, "xla", "cpu"):
         raise ValueError(
@@ -57,7 +58,7 @@ def choose(
         )
     if implementation == "xla":
         return None
-    obstacle = _obstacle(x, feature_axes, weights, others)
+    obstacle = _obstacle(x, feature_axes, weights, dtypes)
     if obstacle and implementation == "cpu":
         raise ValueError(
             f"`implementation` is 'cpu', but the kernels cannot be used: {obstacle} "
@@ -97,8 +98,8 @@ def cotangent_sums(
 
 
 def _operation(chosen: Chosen, xla: Callable, native: Callable) -> Operation:
-    forms = (_Form(f, chosen.feature_axes) for f in (xla, native))
-    return Operation(*forms, chosen.demanded)
+    axes = chosen.feature_axes
+    return Operation(_Form(xla, axes), _Form(native, axes), chosen.demanded)
 
 
 class _Form(NamedTuple):
@@ -144,14 +145,14 @@ def _cotangent_sums(axes: FeatureAxes, dy, x, mean, weights):
     return _over_devices(_local_cotangent_sums, axes, x, weights, dy, mean)
 
 
-def _obstacle(x, feature_axes: FeatureAxes, weights, others) -> str | None:
+def _obstacle(x, feature_axes: FeatureAxes, weights, dtypes) -> str | None:
     """Why the kernels cannot be used, as a sentence."""
     if importlib.util.find_spec("jaxbn_cpu") is None:
         return "jaxbn-cpu is not installed (`pip install jaxbn-cpu`)."
     given = ", ".join(str(jnp.dtype(dtype)) for dtype in DTYPES)
-    for array in (x, *others):
-        if array is not None and array.dtype not in DTYPES:
-            return f"they are for {given}, and there is an array of {array.dtype}."
+    for dtype in (x.dtype, *dtypes):
+        if dtype not in DTYPES:
+            return f"they are for {given}, and there is an array of {dtype}."
     first, last = feature_axes[0] if feature_axes else 0, len(feature_axes)
     if feature_axes != tuple(range(first, first + last)):
         return f"the feature axes {feature_axes} are not next to each other."
@@ -195,7 +196,8 @@ def _local_moments(names, axes: FeatureAxes, x, weights):
     n = _sums.total_weight(x, weights, axes)
     total, whole = _mesh.all_sum((n * mean, n), names)
     center = total / _sums.divisor(whole)
-    first, squares = _mesh.all_sum(_about(center, n, mean, squares), names)
+    _, squares = _about(center, n, mean, squares)
+    (squares,) = _mesh.all_sum((squares,), names)
     return center, squares
 
 

@@ -1,4 +1,4 @@
-"""Operations in two forms: one that XLA compiles, and a native one for programs on CPUs.
+"""Operations in two forms: one that XLA compiles, and a native one for CPUs.
 
 Which form is compiled is known when a program is lowered, for whatever platform. What
 JAX does to an operation before that, it does to XLA's form.
@@ -71,8 +71,8 @@ def _jvp(primals, tangents, xla: ClosedJaxpr, **params):
             every[i] = value
         return jaxpr_as_fun(xla)(*every)
 
-    args = [[array[i] for i in moving] for array in (primals, tangents)]
-    _, out = jax.jvp(along, *args)
+    at, directions = ([array[i] for i in moving] for array in (primals, tangents))
+    _, out = jax.jvp(along, at, directions)
     return _operation.bind(*primals, xla=xla, **params), out
 
 
@@ -89,9 +89,9 @@ def _batch(leaves, axes, xla: ClosedJaxpr, native: ClosedJaxpr, demanded: bool):
 def _lower(ctx, *leaves, xla: ClosedJaxpr, native: ClosedJaxpr, demanded: bool, cpu):
     if demanded and not cpu:
         raise NotImplementedError(
-            "`implementation` is 'cpu', but the program is lowered for another platform "
-            f"({', '.join(ctx.module_context.platforms)}). Leave it out to have XLA "
-            "compute there."
+            "`implementation` is 'cpu', but the program is lowered for another "
+            f"platform ({', '.join(ctx.module_context.platforms)}). Leave it out to "
+            "have XLA compute there."
         )
     form = jaxpr_as_fun(native if cpu else xla)
     return mlir.lower_fun(form, multiple_results=True)(ctx, *leaves)
@@ -100,6 +100,4 @@ def _lower(ctx, *leaves, xla: ClosedJaxpr, native: ClosedJaxpr, demanded: bool, 
 ad.primitive_jvps[_operation] = _jvp
 batching.primitive_batchers[_operation] = _batch
 mlir.register_lowering(_operation, functools.partial(_lower, cpu=False))
-mlir.register_lowering(
-    _operation, functools.partial(_lower, cpu=True), platform="cpu"
-)
+mlir.register_lowering(_operation, functools.partial(_lower, cpu=True), platform="cpu")

@@ -17,8 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxbn import _axes, _mesh
 
-# What an operand is laid out like: `x`, a feature vector, or weights, which are like `x`
-# with feature axes of length 1. The first operand is `x`.
+# What an operand is laid out like: `x`, a feature vector, or weights, which are like
+# `x` with feature axes of length 1. The first operand is `x`.
 X, VECTOR, WEIGHTS = "x", "vector", "weights"
 
 
@@ -68,9 +68,9 @@ def _by_type(f: Callable, roles: tuple, feature_axes: tuple[int, ...], *operands
     ]
     local = functools.partial(f, _reduced_names(spec, feature_axes))
     out = _spec(spec, VECTOR, feature_axes)
-    return jax.shard_map(
-        local, mesh=mesh, in_specs=specs, out_specs=(out, out)
-    )(*placed)
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(out, out))(
+        *placed
+    )
 
 
 @functools.cache
@@ -103,7 +103,7 @@ def _rule(roles: tuple, feature_axes: tuple[int, ...], ndim: int) -> str:
 
 
 def _dividing(operand, mesh) -> tuple:
-    """The spec of an operand where it divides the axis: padding would be summed, too."""
+    """The spec of an operand where it divides the axis: padding would be summed."""
     spec = _padded(operand.sharding.spec, len(operand.shape))
     parts = (prod(mesh.shape[name] for name in _mesh.as_names(names)) for names in spec)
     return tuple(

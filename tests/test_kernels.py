@@ -9,6 +9,7 @@ import numpy as np
 import oracle
 import pytest
 import spread
+from allpairspy import AllPairs
 from data import (
     LAYOUTS,
     WEIGHTS,
@@ -18,6 +19,7 @@ from data import (
     squeeze,
     weights,
 )
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -27,6 +29,7 @@ pytest.importorskip("jaxbn_cpu", reason="needs jaxbn-cpu: `pip install ./native`
 
 CALLS = r"custom_call(?:_target)?[ =(]*[@\"]+jaxbn_"
 ADJACENT = [name for name in LAYOUTS if "two_axes" not in name]
+BROAD = [kind for kind in WEIGHTS if kind != "features"]
 
 
 def batch_norm(x, scale, bias, *, implementation="cpu", **options):
@@ -37,10 +40,10 @@ def calls(text, name=""):
     return len(re.findall(CALLS + name, text))
 
 
-@pytest.mark.parametrize("layout", ADJACENT)
-@pytest.mark.parametrize("kind", [k for k in WEIGHTS if k != "features"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("near", [False, True])
+@pytest.mark.parametrize(
+    ("layout", "kind", "dtype", "near"),
+    AllPairs([ADJACENT, BROAD, ["float32", "bfloat16"], [False, True]]),
+)
 def test_values_and_derivatives(layout, kind, dtype, near):
     shape, axes = LAYOUTS[layout]
     reduced = reduced_axes(shape, axes)
@@ -142,7 +145,10 @@ def test_derivatives_of_derivatives(near):
 
         direction = (jnp.cos(x), scale, bias)
         return jax.jit(
-            lambda *a: (jax.grad(penalty, (0, 1, 2))(*a), jax.jvp(penalty, a, direction))
+            lambda *a: (
+                jax.grad(penalty, (0, 1, 2))(*a),
+                jax.jvp(penalty, a, direction),
+            )
         )(x, scale, bias)
 
     spread.close(second(loss("cpu")), second(loss("xla")), 2e-3)
@@ -182,7 +188,7 @@ def test_vmap_has_xla_compute():
     assert calls(f.lower(x).compile().as_text()) == 0
     for got, part in zip(f(x)[0], x, strict=True):
         assert_close(got, batch_norm(part, v, v)[0], rtol=1e-5, atol=1e-5)
-    with pytest.raises(NotImplementedError, match="cannot be used under `jax.vmap`"):
+    with pytest.raises(NotImplementedError, match=r"cannot be used under `jax.vmap`"):
         jax.vmap(lambda x: batch_norm(x, v, v))(x)
 
 
@@ -293,17 +299,19 @@ def test_programs_for_other_platforms_have_no_kernels():
     assert "case" in both
 
 
-def test_export():
+@pytest.mark.parametrize(
+    ("implementation", "kernels"), [("xla", []), (None, ["moments", "cotangents"])]
+)
+def test_export(implementation, kernels):
     """As docs/performance.md tells it."""
     x = numbers((8, 4), "float32")
-    y = batch_norm(x, None, None)[0]
-    for implementation, allowed in (("xla", []), (None, ["moments", "cotangents"])):
-        f = jax.jit(lambda x: batch_norm(x, None, None, implementation=implementation))
-        allowed = [
-            jax.export.DisabledSafetyCheck.custom_call(f"jaxbn_{a}") for a in allowed
-        ]
-        exported = jax.export.export(f, disabled_checks=allowed)(x)
-        assert_close(exported.call(x)[0], y, rtol=1e-5, atol=1e-5)
+    f = partial(batch_norm, implementation=implementation)
+    allow = jax.export.DisabledSafetyCheck.custom_call
+    exported = jax.export.export(
+        jax.jit(lambda x: f(x, None, None)[0]),
+        disabled_checks=[allow(f"jaxbn_{name}") for name in kernels],
+    )(x)
+    assert_close(exported.call(x), f(x, None, None)[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -330,3 +338,23 @@ def test_output_of_another_dtype_is_left_to_xla():
     with pytest.raises(ValueError, match="there is an array of float16"):
         jaxbn.batch_norm(x, dtype=jnp.float16, implementation="cpu")
     jax.grad(lambda x: jaxbn.batch_norm(x, dtype=jnp.float16)[0].sum())(x)
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx", "standard"])
+@pytest.mark.parametrize(
+    ("implementation", "used"), [(None, 2), ("cpu", 2), ("xla", 0)]
+)
+def test_layers_and_modules(kind, implementation, used):
+    x, option = numbers((8, 3), "float32"), {"implementation": implementation}
+
+    def loss(x):
+        if kind == "linen":
+            layer = jaxbn.linen.BatchNorm(use_running_average=False, **option)
+            return jnp.sum(layer.init_with_output(jax.random.key(0), x)[0] ** 3)
+        if kind == "nnx":
+            return jnp.sum(jaxbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0), **option)(x) ** 3)
+        layer = jaxbn.layers.standard(**option)
+        y, _ = layer.apply(*layer.init(3), x, training=True)
+        return jnp.sum(y**3)
+
+    assert calls(jax.jit(jax.grad(loss)).lower(x).as_text()) == used

@@ -31,6 +31,7 @@ def standard(
     param_dtype: DTypeLike = jnp.float32,
     stats_dtype: DTypeLike = jnp.float32,
     derivatives: str = "vjp",
+    implementation: str | None = None,
 ) -> Layer:
     """Batch norm: batch statistics in training, running statistics at inference.
 
@@ -70,6 +71,7 @@ def standard(
       param_dtype: The dtype of the parameters.
       stats_dtype: The dtype of the running mean; complex for complex input.
       derivatives: "vjp" or "jvp", as for `batch_norm`.
+      implementation: What computes the sums of a batch, as for `moments`.
 
     Returns:
       A `Layer`. Its state is a `RunningStats`; its `weights` are those of `moments`,
@@ -120,6 +122,7 @@ def standard(
             weights=weights,
             shift=state.mean if use_fast_variance else None,
             derivatives=derivatives,
+            implementation=implementation,
         )
 
     def infer(params, state: RunningStats, x, weights):
@@ -147,7 +150,13 @@ def standard(
         return Moments(mean, var, m.count)
 
     def measure(state, x, weights):
-        return moments(x, feature_axes=feature_axes, weights=weights, **over)
+        return moments(
+            x,
+            feature_axes=feature_axes,
+            weights=weights,
+            implementation=implementation,
+            **over,
+        )
 
     def move(state: RunningStats, m: Moments):
         return update(state, m, momentum=momentum, unbiased=unbiased)

@@ -43,6 +43,8 @@ class BatchNorm(Adapter, nn.BatchNorm):
         third leaf, `step`.
       unbiased: Track the variance times n/(n − 1).
       derivatives: "vjp" or "jvp", as for `jaxbn.batch_norm`.
+      implementation: What computes the sums of a batch, as for `jaxbn.moments`: None,
+        "xla" or "cpu".
       example_weight: Weight of an example's own moments at inference, as for
         `jaxbn.layers.standard`.
       pseudo_samples: How many examples the running statistics count as at inference,
@@ -78,6 +80,7 @@ class BatchNorm(Adapter, nn.BatchNorm):
     momentum: Momentum = 0.99
     unbiased: bool = False
     derivatives: str = "vjp"
+    implementation: str | None = None
     example_weight: float = 0.0
     pseudo_samples: float | None = None
     accumulate: bool = False

@@ -50,6 +50,8 @@ class BatchNorm(nnx.BatchNorm):
         what it makes of mean and var is not used.
       unbiased: Track the variance times n/(n − 1).
       derivatives: "vjp" or "jvp", as for `jaxbn.batch_norm`.
+      implementation: What computes the sums of a batch, as for `jaxbn.moments`: None,
+        "xla" or "cpu".
       example_weight: Weight of an example's own moments at inference, as for
         `jaxbn.layers.standard`.
       pseudo_samples: How many examples the running statistics count as at inference,
@@ -103,6 +105,7 @@ class BatchNorm(nnx.BatchNorm):
         scale_metadata: Mapping[str, Any] = MappingProxyType({}),
         unbiased: bool = False,
         derivatives: str = "vjp",
+        implementation: str | None = None,
         example_weight: float = 0.0,
         pseudo_samples: float | None = None,
         accumulate: bool = False,
@@ -138,6 +141,7 @@ class BatchNorm(nnx.BatchNorm):
         self.num_features = features if np.ndim(num_features) else features[0]
         self.unbiased = unbiased
         self.derivatives = derivatives
+        self.implementation = implementation
         self.example_weight = example_weight
         self.pseudo_samples = pseudo_samples
         self.accumulate = accumulate
