@@ -42,7 +42,7 @@ def calls(text, name=""):
 
 @pytest.mark.parametrize(
     ("layout", "kind", "dtype", "near"),
-    AllPairs([ADJACENT, BROAD, ["float32", "bfloat16"], [False, True]]),
+    list(AllPairs([ADJACENT, BROAD, ["float32", "bfloat16"], [False, True]])),
 )
 def test_values_and_derivatives(layout, kind, dtype, near):
     shape, axes = LAYOUTS[layout]
