@@ -1,5 +1,9 @@
 """Devices to compile for; they need not be there."""
 
+import importlib.util
+import sys
+from collections.abc import Iterable
+
 import jax
 from jax.experimental import topologies
 
@@ -22,11 +26,26 @@ runtime_version { major: 13 } device_description_str: "NVIDIA H200"
 """
 
 
+def devices(target: str, count: int = 1) -> list:
+    """So many of one of `TARGETS`, to compile for."""
+    if target == "cpu":
+        return jax.devices("cpu")[:count]
+    if target == "v5e":
+        return list(topologies.get_topology_desc("v5e:2x2", "tpu").devices[:count])
+    given = {"target_config": H200, "topology": f"1x1x{count}"}
+    return list(topologies.get_topology_desc("h200", "cuda", **given).devices)
+
+
 def device(target: str):
     """One of `TARGETS`, to compile for."""
-    if target == "cpu":
-        return jax.devices("cpu")[0]
-    if target == "v5e":
-        return topologies.get_topology_desc("v5e:2x2", "tpu").devices[0]
-    given = {"target_config": H200, "topology": "1x1x1"}
-    return topologies.get_topology_desc("h200", "cuda", **given).devices[0]
+    return devices(target)[0]
+
+
+def installed(targets: Iterable[str]) -> list[str]:
+    """Those whose compiler is here; of the others, standard error tells what to do."""
+    found = [t for t in targets if importlib.util.find_spec(TARGETS[t][0])]
+    for target in (t for t in targets if t not in found):
+        module, package = TARGETS[target]
+        line = f'Without {target}: no {module} here. pip install "{package}"'
+        print(line, file=sys.stderr)
+    return found

@@ -8,9 +8,7 @@ program read and write, each operand once; on the CPU, what XLA itself estimates
 """
 
 import argparse
-import math
 import os
-import re
 import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -19,14 +17,10 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from _compiled import cost
 from _devices import device
-from jax.sharding import SingleDeviceSharding
 
 import jaxbn
-
-SIZES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "pred": 1, "s8": 1, "u8": 1}
-FREE = ("parameter", "tuple", "get-tuple-element", "bitcast", "constant")
-DONE = ("copy-start", "copy-done", "slice-start", "slice-done")
 
 
 class Block(nn.Module):
@@ -69,46 +63,6 @@ class Network(nn.Module):
         return nn.Dense(10, dtype=self.dtype)(jnp.mean(x, (1, 2)))
 
 
-def cost(function, arguments, where) -> tuple[int, int]:
-    """Bytes moved by the compiled function, and the kernels of its entry."""
-    place = SingleDeviceSharding(where)
-    placed = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), arguments
-    )
-    compiled = jax.jit(function).lower(*placed).compile()
-    total, kernels = moved(compiled.as_text())
-    if where.platform == "cpu":  # Whose kernels are not all in the entry.
-        total = int(compiled.cost_analysis()["bytes accessed"])
-    return total, kernels
-
-
-def moved(text: str) -> tuple[int, int]:
-    """Bytes that the kernels of a program's entry read and write, and the kernels."""
-    entry = text[text.index("ENTRY") :].split("\n}")[0]
-    sizes: dict[str, int] = {}
-    total = kernels = 0
-    for line in entry.splitlines()[1:]:
-        found = re.match(
-            r"\s*(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)", line
-        )
-        if found is None:
-            continue
-        name, shape, op, rest = found.groups()
-        sizes[name] = _size(shape)
-        if op not in (*FREE, *DONE):
-            operands = re.findall(r"%([\w.-]+)", rest.split(")")[0])
-            total += sizes[name] + sum(sizes.get(o, 0) for o in operands)
-            kernels += 1
-    return total, kernels
-
-
-def _size(shape: str) -> int:
-    return sum(
-        SIZES.get(dtype, 0) * math.prod(int(n) for n in lengths.split(",") if n)
-        for dtype, lengths in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shape)
-    )
-
-
 def main() -> None:
     """Prints a line for each device and dtype."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -126,12 +80,12 @@ def main() -> None:
             variables = jax.eval_shape(net.init, jax.random.key(0), x)
             zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), variables)
             folded_fn, folded = jaxbn.folding.fold(net.apply, zeros, x)
-            full = cost(net.apply, (variables, x), where)
-            less = cost(folded_fn, (folded, x), where)
+            full = cost(net.apply, (variables, x), [where])
+            less = cost(folded_fn, (folded, x), [where])
             print(
-                f"{name:5} {dtype.name:9} {full[0] / 2**20:8.1f} MiB in "
-                f"{full[1]:3} kernels, folded {less[0] / 2**20:8.1f} MiB in "
-                f"{less[1]:3}: {less[0] / full[0]:.3f}"
+                f"{name:5} {dtype.name:9} {full.bytes / 2**20:8.1f} MiB in "
+                f"{full.kernels:3} kernels, folded {less.bytes / 2**20:8.1f} MiB in "
+                f"{less.kernels:3}: {less.bytes / full.bytes:.3f}"
             )
             sys.stdout.flush()
 

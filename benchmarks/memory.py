@@ -11,7 +11,6 @@ arguments and results. Nothing is run, and no GPU or TPU is needed.
 """
 
 import argparse
-import importlib.util
 import os
 from typing import Any
 
@@ -23,7 +22,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _devices import TARGETS, device
+from _devices import TARGETS, device, installed
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import SingleDeviceSharding
@@ -121,10 +120,7 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := set(args.targets) - set(TARGETS):
         parser.error(f"no target {', '.join(unknown)}: there are {', '.join(TARGETS)}")
-    targets = [t for t in args.targets if importlib.util.find_spec(TARGETS[t][0])]
-    for target in set(args.targets) - set(targets):
-        module, package = TARGETS[target]
-        print(f'Without {target}: no {module} here. pip install "{package}"')
+    targets = installed(args.targets)
     print(f"{args.blocks} blocks, activations {' × '.join(map(str, args.shape))}\n")
     heads = ["dtype", "kind", "kept", "× flax"]
     heads += [head for t in targets for head in (f"scratch {t}", "× flax")]

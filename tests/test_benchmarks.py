@@ -1,0 +1,106 @@
+"""The benchmarks: that every script runs, on small sizes, and the README's tables."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import chex
+import jax
+import pytest
+
+BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
+SMALL = "--rounds 1 --malloc default"
+# What each script is run with; a file of results is OUT, a folder of them FOLDER.
+RUNS = [
+    ("accuracy", "--steps 1 2 --libraries linen --out OUT"),
+    ("compiled", "cpu --shape 4x2x2x8 --libraries jaxbn linen --out FOLDER"),
+    ("folding", "cpu --batch 1 --size 8 --blocks 1 --dtypes float32"),
+    ("memory", "cpu --blocks 1 --shape 2 4 4 4"),
+    (
+        "resnet",
+        f"{SMALL} --batch 2 --size 32 --width 4 --blocks 1 1 --out OUT "
+        "--libraries jaxbn linen",
+    ),
+    (
+        "scale",
+        f"{SMALL} --batches 8 --channels 4 --elements 64 --devices 1 2 --out OUT "
+        "--libraries jaxbn linen",
+    ),
+    ("scaling", ""),
+    (
+        "speed",
+        "--rounds 1 --shapes 8x4 2x3x3x4 --dtypes bfloat16 --relu yes --out OUT "
+        "--modes forward+backward",
+    ),
+    ("speed", f"{SMALL} --gpu --shapes 8x4 --relu no --libraries linen --out OUT"),
+    ("tables", "--check"),
+]
+
+
+def run(script, argv):
+    """In a process of its own, as scripts set up JAX in ways of their own."""
+    return subprocess.run(
+        [sys.executable, BENCHMARKS / f"{script}.py", *argv],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+def test_no_script_is_left_out():
+    scripts = {path.stem for path in BENCHMARKS.glob("[!_]*.py")}
+    assert scripts == {script for script, _ in RUNS}
+
+
+@pytest.mark.parametrize(("script", "argv"), RUNS, ids=[name for name, _ in RUNS])
+def test_runs(script, argv, tmp_path):
+    paths = {"OUT": str(tmp_path / "found.json"), "FOLDER": str(tmp_path)}
+    out = run(script, [paths.get(word, word) for word in argv.split()])
+    assert out.returncode == 0, out.stderr
+    written = list(tmp_path.glob("*.json"))
+    assert len(written) == ("--out" in argv)
+    for path in written:
+        found = json.loads(path.read_text())
+        assert {"machine", "versions", "options"} < found.keys()
+        assert "nan" not in out.stdout.lower()
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_libraries_compute_the_same(monkeypatch, relu):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from _layers import LAYERS
+    from _peers import arguments, installed, step
+
+    x, *vectors, ct = arguments((4, 3, 3, 8))
+    expected = {}
+    for name in installed(LAYERS):
+        for mode in ("forward+backward", "inference"):
+            with jax.numpy_rank_promotion("allow"):  # which some of them need
+                out = jax.jit(step(LAYERS[name](), relu, mode))(x, *vectors, ct)
+            if mode == "forward+backward":
+                y, stats, gradients = out
+                # Haiku's averages start anew, and so have another value.
+                out = (y, gradients) if name == "haiku" else (y, gradients, stats)
+            expected.setdefault(mode, out)
+            for got, wanted in zip(out, expected[mode], strict=False):
+                chex.assert_trees_all_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_page_that_is_not_up_to_date_is_found(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import tables
+
+    page = tmp_path / "README.md"
+    good = tables.rendered(tables.README.read_text())
+    page.write_text(good.replace("| geometric mean |", "| mean |"))
+    monkeypatch.setattr(tables, "README", page)
+    monkeypatch.setattr(sys, "argv", ["tables.py", "--check"])
+    with pytest.raises(SystemExit, match="not up to date"):
+        tables.main()
+    monkeypatch.setattr(sys, "argv", ["tables.py"])
+    tables.main()
+    assert page.read_text() == good
