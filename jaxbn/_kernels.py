@@ -20,7 +20,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxbn import _axes, _dtypes, _mesh, _spread, _sums
-from jaxbn._platform import Operation
+from jaxbn._platform import CPU, Operation
 
 FeatureAxes = tuple[int, ...]
 DTYPES = (jnp.float32, jnp.bfloat16)
@@ -99,7 +99,7 @@ def cotangent_sums(
 
 def _operation(chosen: Chosen, xla: Callable, native: Callable) -> Operation:
     axes = chosen.feature_axes
-    return Operation(_Form(xla, axes), _Form(native, axes), chosen.demanded)
+    return Operation(_Form(xla, axes), _Form(native, axes), CPU, chosen.demanded)
 
 
 class _Form(NamedTuple):

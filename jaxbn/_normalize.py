@@ -113,6 +113,36 @@ def checked_epsilon(epsilon: ArrayLike) -> jax.Array:
     return lax.stop_gradient(array)
 
 
+def normalize_shifted(
+    x: jax.Array,
+    mean: jax.Array,
+    var: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array,
+    *,
+    feature_axes: tuple[int, ...],
+    epsilon: jax.Array,
+    dtype,
+) -> jax.Array:
+    """`normalize` in two operations an element instead of three.
+
+        y = (x − m)·k      k = scale / √(var + epsilon)      m = mean − bias / k
+
+    What rounds m is of the size of what rounds the mean or the bias: y is as exact, to
+    a factor of 2. Where k is next to nothing beside the bias, y is the bias.
+    """
+    vectors = (mean, var, scale, bias)
+    mean, var, bias = (_dtypes.widen(v, x, *vectors) for v in (mean, var, bias))
+    k = lax.rsqrt(var + epsilon.astype(var.dtype))
+    if scale is not None:
+        k = k * _dtypes.widen(scale, x, *vectors)
+    least = jnp.abs(bias) * 1e-20
+    k = jnp.where(jnp.abs(k) < least, least, k)
+    m = mean - jnp.where(bias == 0, 0, bias / jnp.where(k == 0, 1, k))
+    m, k = (_axes.expand(v, feature_axes, x.ndim) for v in (m, k))
+    return ((_dtypes.widen(x, *vectors) - m) * k).astype(dtype)
+
+
 @functools.cache
 def _named_apply(feature_axes: tuple[int, ...], dtype, has_scale: bool, has_bias: bool):
     """The formula as a jit of its own, whose name programs can be searched for.

@@ -1,7 +1,7 @@
-"""Operations in two forms: one that XLA compiles, and a native one for CPUs.
+"""Operations in two forms: one for all platforms, and another for some.
 
 Which form is compiled is known when a program is lowered, for whatever platform. What
-JAX does to an operation before that, it does to XLA's form.
+JAX does to an operation before that, it does to the form for all.
 
 This is a primitive, and not `lax.platform_dependent` in a `jax.custom_jvp`: where a
 `scan` is differentiated, JAX keeps what such a function calls, but not its rule.
@@ -15,6 +15,10 @@ import jax
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
+# Those that may have a form of their own.
+CPU, GPUS = ("cpu",), ("cuda", "rocm")
+PLATFORMS = (*CPU, *GPUS)
+
 
 class Operation(NamedTuple):
     """Both forms, functions of the same arrays that return the same tuple of arrays.
@@ -22,16 +26,22 @@ class Operation(NamedTuple):
     They must be hashable. `demanded` has programs for other platforms refused.
     """
 
-    xla: Callable
-    native: Callable
-    demanded: bool
+    general: Callable
+    special: Callable
+    platforms: tuple[str, ...]
+    demanded: bool = False
 
     def __call__(self, *operands: Any) -> tuple:
         """Operands may be None."""
         leaves, tree = jax.tree.flatten(operands)
         where = tuple(map(jax.typeof, leaves)), jax.sharding.get_abstract_mesh()
-        xla, native = (_traced(f, tree, *where) for f in (self.xla, self.native))
-        out = _operation.bind(*leaves, xla=xla, native=native, demanded=self.demanded)
+        out = _operation.bind(
+            *leaves,
+            general=_traced(self.general, tree, *where),
+            special=_traced(self.special, tree, *where),
+            platforms=self.platforms,
+            demanded=self.demanded,
+        )
         return tuple(out)
 
 
@@ -58,46 +68,48 @@ def _compiled(**params):
 
 
 @_operation.def_abstract_eval
-def _abstract(*avals, xla: ClosedJaxpr, native: ClosedJaxpr, demanded: bool):
-    return xla.out_avals
+def _abstract(*avals, general: ClosedJaxpr, **params):
+    return general.out_avals
 
 
-def _jvp(primals, tangents, xla: ClosedJaxpr, **params):
+def _jvp(primals, tangents, general: ClosedJaxpr, **params):
     moving = [i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
 
     def along(*values):
         every = list(primals)
         for i, value in zip(moving, values, strict=True):
             every[i] = value
-        return jaxpr_as_fun(xla)(*every)
+        return jaxpr_as_fun(general)(*every)
 
     at, directions = ([array[i] for i in moving] for array in (primals, tangents))
     _, out = jax.jvp(along, at, directions)
-    return _operation.bind(*primals, xla=xla, **params), out
+    return _operation.bind(*primals, general=general, **params), out
 
 
-def _batch(leaves, axes, xla: ClosedJaxpr, native: ClosedJaxpr, demanded: bool):
+def _batch(leaves, axes, general: ClosedJaxpr, demanded: bool, **params):
     if demanded:
         raise NotImplementedError(
             "`implementation` is 'cpu', but the kernels cannot be used under "
             "`jax.vmap`. Leave it out to have XLA compute there."
         )
-    out = jax.vmap(jaxpr_as_fun(xla), axes)(*leaves)
+    out = jax.vmap(jaxpr_as_fun(general), axes)(*leaves)
     return out, [0] * len(out)
 
 
-def _lower(ctx, *leaves, xla: ClosedJaxpr, native: ClosedJaxpr, demanded: bool, cpu):
-    if demanded and not cpu:
+def _lower(ctx, *leaves, platform: str | None, general, special, platforms, demanded):
+    chosen = platform in platforms
+    if demanded and not chosen:
         raise NotImplementedError(
             "`implementation` is 'cpu', but the program is lowered for another "
             f"platform ({', '.join(ctx.module_context.platforms)}). Leave it out to "
             "have XLA compute there."
         )
-    form = jaxpr_as_fun(native if cpu else xla)
+    form = jaxpr_as_fun(special if chosen else general)
     return mlir.lower_fun(form, multiple_results=True)(ctx, *leaves)
 
 
 ad.primitive_jvps[_operation] = _jvp
 batching.primitive_batchers[_operation] = _batch
-mlir.register_lowering(_operation, functools.partial(_lower, cpu=False))
-mlir.register_lowering(_operation, functools.partial(_lower, cpu=True), platform="cpu")
+for _platform in (None, *PLATFORMS):
+    _rule = functools.partial(_lower, platform=_platform)
+    mlir.register_lowering(_operation, _rule, platform=_platform)

@@ -17,6 +17,7 @@ the first order (`_constant_to_first_order`): the derivatives of a rule see all 
 What is kept for the backward pass is x, in its own dtype, and feature vectors.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,7 +26,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbn import _axes, _dtypes, _kernels, _mesh, _sums
-from jaxbn._normalize import normalize
+from jaxbn._normalize import normalize, normalize_shifted
+from jaxbn._platform import GPUS, Operation
+
+GPU_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 class Static(NamedTuple):
@@ -68,7 +72,32 @@ def _constant_to_first_order_jvp(primals, tangents):
     return x, jnp.zeros_like(x)
 
 
-def normalize_hidden(static: Static, x, scale, bias, given: Given) -> jax.Array:
+class _Output(NamedTuple):
+    """`normalize_hidden` by one way to normalize, as an `Operation` takes it."""
+
+    static: Static
+    normalize: Callable
+
+    def __call__(self, x, scale, bias, given: Given) -> tuple[jax.Array]:
+        return (normalize_hidden(self.static, x, scale, bias, given, self.normalize),)
+
+
+def _output(static: Static, x, scale, bias, given: Given) -> jax.Array:
+    """y, in a form that GPUs do not have to store what an activation makes of it.
+
+    With one operation less, XLA computes a mask such as y > 0 anew in each kernel of
+    the backward pass, from the x that it reads there anyway.
+    """
+    if bias is None or jnp.iscomplexobj(bias) or x.dtype not in GPU_DTYPES:
+        return normalize_hidden(static, x, scale, bias, given)
+    forms = _Output(static, normalize), _Output(static, normalize_shifted)
+    (y,) = Operation(*forms, GPUS)(x, scale, bias, given)
+    return y
+
+
+def normalize_hidden(
+    static: Static, x, scale, bias, given: Given, normalize: Callable = normalize
+) -> jax.Array:
     """y, and x itself where it is not finite and its weight is 0."""
     apply = partial(
         normalize,
@@ -89,11 +118,11 @@ def normalize_hidden(static: Static, x, scale, bias, given: Given) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def vjp_form(static: Static, x, scale, bias, given: Given) -> jax.Array:
-    return normalize_hidden(static, x, scale, bias, given)
+    return _output(static, x, scale, bias, given)
 
 
 def _vjp_form_fwd(static: Static, x, scale, bias, given: Given):
-    return normalize_hidden(static, x, scale, bias, given), (x, scale, bias, given)
+    return _output(static, x, scale, bias, given), (x, scale, bias, given)
 
 
 def _vjp_form_bwd(static: Static, residuals, c):
@@ -146,7 +175,7 @@ vjp_form.defvjp(_vjp_form_fwd, _vjp_form_bwd)
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def jvp_form(static: Static, x, scale, bias, given: Given) -> jax.Array:
-    return normalize_hidden(static, x, scale, bias, given)
+    return _output(static, x, scale, bias, given)
 
 
 @jvp_form.defjvp

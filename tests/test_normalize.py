@@ -16,8 +16,11 @@ from data import (
     tolerance,
     wide,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import jaxbn
+from jaxbn._normalize import normalize_shifted
 
 AFFINE = ("none", "scale", "bias", "both")
 VECTORS = ("features", "one_leading", "two_leading")
@@ -113,3 +116,37 @@ def test_epsilon_may_be_an_array():
         jaxbn.normalize(x, v, v, epsilon=jnp.float32(0.5)),
         jaxbn.normalize(x, v, v, epsilon=0.5),
     )
+
+
+NUMBERS = st.floats(-1e6, 1e6, width=32, allow_subnormal=False)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    NUMBERS,
+    st.floats(-5, 5, width=32),
+    st.floats(0, 1e6, width=32, allow_subnormal=False),
+    st.sampled_from([0.0, 1.0, -2.5, 1e-3, 1e-20, 1e-38, -1e-36, 3e5]),
+    st.sampled_from([0.0, 1.0, -7.0, 1e-8, 1e-20, 1e5]),
+)
+def test_two_operations_are_as_exact_as_three(mean, offset, var, scale, bias):
+    """What GPUs compute in training."""
+    x = np.float32(mean + offset * np.sqrt(var))
+    vectors = [jnp.full(1, v, jnp.float32) for v in (mean, var, scale, bias)]
+    options = {"feature_axes": (1,), "epsilon": jnp.float32(1e-5), "dtype": "float32"}
+    y = normalize_shifted(jnp.full((1, 1), x), *vectors, **options)
+    mean, var, scale, bias = (float(v[0]) for v in vectors)
+    truth = oracle.normalize(x, mean, var, scale, bias)
+    factor = abs(scale) / np.sqrt(var + 1e-5)
+    terms = (abs(x) + abs(mean)) * factor + abs(bias)
+    # Numbers below the smallest normal one count as 0 on a CPU.
+    assert abs(float(y[0, 0]) - truth) <= 2e-7 * terms + 1e-18
+
+
+def test_two_operations_leave_what_is_0_at_0():
+    x, zero = numbers((6, 2), "float32"), jnp.zeros(2)
+    options = {"feature_axes": (1,), "epsilon": jnp.float32(1e-5), "dtype": "float32"}
+    assert not normalize_shifted(x, zero, zero, zero, zero, **options).any()
+    bias = jnp.array([3.0, -1e-3])
+    y = normalize_shifted(x, zero, zero, zero, bias, **options)
+    assert_close(y, np.broadcast_to(bias, y.shape), rtol=1e-6, atol=0)
