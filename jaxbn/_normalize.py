@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxbn import _axes, _dtypes
+from jaxbn import _axes, _dtypes, _mesh
 
 NAME = "jaxbn_normalize"
 
@@ -136,6 +136,7 @@ def normalize_shifted(
     k = lax.rsqrt(var + epsilon.astype(var.dtype))
     if scale is not None:
         k = k * _dtypes.widen(scale, x, *vectors)
+    bias = _mesh.shard_like(bias, k)
     least = jnp.abs(bias) * 1e-20
     k = jnp.where(jnp.abs(k) < least, least, k)
     m = mean - jnp.where(bias == 0, 0, bias / jnp.where(k == 0, 1, k))

@@ -174,6 +174,7 @@ def test_linen_fields_and_arguments():
     own = [
         ("unbiased", False),
         ("derivatives", "vjp"),
+        ("implementation", None),
         ("example_weight", 0.0),
         ("pseudo_samples", None),
         ("accumulate", False),
@@ -189,10 +190,10 @@ def test_nnx_arguments():
         return [(p.name, p.kind, p.default) for p in parameters]
 
     ours = arguments(jaxbn.nnx.BatchNorm.__init__)
-    own = ["unbiased", "derivatives", "example_weight"]
+    own = ["unbiased", "derivatives", "implementation", "example_weight"]
     own += ["pseudo_samples", "accumulate"]
-    assert [n for n, *_ in ours[-5:]] == own
-    assert ours[:-5] == arguments(nnx.BatchNorm.__init__)
+    assert [n for n, *_ in ours[-6:]] == own
+    assert ours[:-6] == arguments(nnx.BatchNorm.__init__)
     calls = [arguments(c.__call__) for c in (jaxbn.nnx.BatchNorm, nnx.BatchNorm)]
     assert calls[0] == calls[1]
 
