@@ -8,8 +8,10 @@ The kernels need no center: they return the mean and Σw|x − mean|², each exa
     Σwδ = n·(mean − center)      Σw|δ|² = Σw|x − mean|² + n·|mean − center|²
 """
 
+import functools
 import importlib
 import importlib.util
+import warnings
 from collections.abc import Callable
 from math import prod
 from typing import NamedTuple
@@ -147,8 +149,8 @@ def _cotangent_sums(axes: FeatureAxes, dy, x, mean, weights):
 
 def _obstacle(x, feature_axes: FeatureAxes, weights, dtypes) -> str | None:
     """Why the kernels cannot be used, as a sentence."""
-    if importlib.util.find_spec("jaxbn_cpu") is None:
-        return "jaxbn-cpu is not installed (`pip install jaxbn-cpu`)."
+    if (missing := _missing()) is not None:
+        return missing
     given = ", ".join(str(jnp.dtype(dtype)) for dtype in DTYPES)
     for dtype in (x.dtype, *dtypes):
         if dtype not in DTYPES:
@@ -162,6 +164,19 @@ def _obstacle(x, feature_axes: FeatureAxes, weights, dtypes) -> str | None:
         return "the weights vary along the features."
     if not _spread.is_possible(x):
         return "the axes of the mesh are of different kinds."
+    return None
+
+
+@functools.cache
+def _missing() -> str | None:
+    if importlib.util.find_spec("jaxbn_cpu") is None:
+        return "jaxbn-cpu is not installed (`pip install jaxbn-cpu`)."
+    try:
+        importlib.import_module("jaxbn_cpu")
+    except (ImportError, OSError) as error:
+        message = f"jaxbn-cpu is installed, but cannot be loaded: {error}."
+        warnings.warn(f"{message} XLA computes.", stacklevel=2)
+        return message
     return None
 
 

@@ -87,9 +87,11 @@ def vary_like(array: jax.Array, *like: jax.Array | None) -> jax.Array:
 
 def shard_like(array: jax.Array, operand: jax.Array) -> jax.Array:
     """`array` in the sharding of `operand`, where meshes are explicit: by its type."""
-    wanted = jax.typeof(operand).sharding
-    if jax.typeof(array).sharding.spec == wanted.spec:
+    wanted, own = jax.typeof(operand).sharding, jax.typeof(array).sharding
+    if own.spec == wanted.spec:
         return array
+    if wanted.mesh.empty:  # Of no mesh: the same on all devices of the array's.
+        wanted = own.update(spec=P())
     return jax.sharding.reshard(array, wanted)
 
 

@@ -137,7 +137,8 @@ def normalize_shifted(
     if scale is not None:
         k = k * _dtypes.widen(scale, x, *vectors)
     bias = _mesh.shard_like(bias, k)
-    least = jnp.abs(bias) * 1e-20
+    tiny = jnp.finfo(bias.dtype).tiny
+    least = jnp.where(bias == 0, 0, jnp.maximum(jnp.abs(bias) * 1e-30, tiny))
     k = jnp.where(jnp.abs(k) < least, least, k)
     m = mean - jnp.where(bias == 0, 0, bias / jnp.where(k == 0, 1, k))
     m, k = (_axes.expand(v, feature_axes, x.ndim) for v in (m, k))

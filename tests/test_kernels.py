@@ -24,6 +24,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
+from jaxbn import _kernels
 
 pytest.importorskip("jaxbn_cpu", reason="needs jaxbn-cpu: `pip install ./native`")
 
@@ -358,3 +359,51 @@ def test_layers_and_modules(kind, implementation, used):
         return jnp.sum(y**3)
 
     assert calls(jax.jit(jax.grad(loss)).lower(x).as_text()) == used
+
+
+def test_without_jit():
+    x, scale = numbers((16, 6), "float32"), numbers((6,), "float32", 1)
+
+    def step(x, scale):
+        y, vjp, _ = jax.vjp(jaxbn.batch_norm, x, scale, scale, has_aux=True)
+        return y, vjp(jnp.sin(y))
+
+    with jax.disable_jit():
+        spread.close(step(x, scale), jax.jit(step)(x, scale), 1e-5)
+
+
+def test_nan_is_found_where_jax_looks_for_it():
+    x, scale = numbers((16, 6), "float32").at[3, 2].set(jnp.nan), jnp.ones(6)
+    with jax.debug_nans(True), pytest.raises(FloatingPointError, match="invalid value"):
+        jaxbn.batch_norm(x, scale, scale)
+
+
+def test_vectors_of_no_mesh_beside_x_of_an_explicit_one():
+    x, scale = numbers((16, 8), "float32"), np.linspace(1, 2, 8, dtype="float32")
+
+    def step(x, scale):
+        y, vjp, m = jax.vjp(jaxbn.batch_norm, x, scale, scale, has_aux=True)
+        return y, vjp(jnp.sin(y)), m
+
+    mesh = jax.make_mesh((4,), ("data",), (AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        for spec in (P("data"), P(None, "data")):
+            spread_x = jax.device_put(x, NamedSharding(mesh, spec))
+            got = jax.jit(step)(spread_x, scale)
+            spread.close(got, jax.jit(step)(np.asarray(x), scale), 1e-4)
+
+
+def test_kernels_that_cannot_be_loaded_leave_it_to_xla(monkeypatch):
+    def fail(name):
+        raise OSError("no such symbol")
+
+    monkeypatch.setattr(_kernels.importlib, "import_module", fail)
+    _kernels._missing.cache_clear()
+    try:
+        x = numbers((5, 3), "float32")
+        with pytest.warns(UserWarning, match="cannot be loaded: no such symbol"):
+            assert_close(jaxbn.moments(x).var, np.var(x, 0), rtol=1e-5, atol=0)
+        with pytest.raises(ValueError, match="no such symbol"):
+            jaxbn.moments(x, implementation="cpu")
+    finally:
+        _kernels._missing.cache_clear()

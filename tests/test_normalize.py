@@ -150,3 +150,11 @@ def test_two_operations_leave_what_is_0_at_0():
     bias = jnp.array([3.0, -1e-3])
     y = normalize_shifted(x, zero, zero, zero, bias, **options)
     assert_close(y, np.broadcast_to(bias, y.shape), rtol=1e-6, atol=0)
+
+
+def test_two_operations_where_the_variance_is_not_finite():
+    x, zero = numbers((6, 2), "float32"), jnp.zeros(2)
+    options = {"feature_axes": (1,), "epsilon": jnp.float32(1e-5), "dtype": "float32"}
+    bias = jnp.array([3.0, 1e-19])
+    y = normalize_shifted(x, zero, zero + jnp.inf, zero + 1, bias, **options)
+    assert_close(y, np.broadcast_to(bias, y.shape), rtol=1e-5, atol=1e-30)

@@ -83,18 +83,25 @@ inline int64_t block_rows(int64_t width) {
 template <class X>
 std::vector<float> guess_mean(const X* x, const float* weights, Shape shape) {
   const auto [outer, channels, inner] = shape;
-  std::vector<float> mean(channels);
+  std::vector<double> mean(channels);
   std::vector<int64_t> found(channels);
   for (int64_t a = 0; a < outer && a < 8; ++a) {
     for (int64_t c = 0; c < channels; ++c) {
       for (int64_t b = 0; b < inner && b < 8; ++b) {
         if (weights && weights[a * inner + b] == 0) continue;
-        float value = widen(x[(a * channels + c) * inner + b]);
-        mean[c] += (value - mean[c]) / static_cast<float>(++found[c]);
+        const double value = widen(x[(a * channels + c) * inner + b]);
+        mean[c] += (value - mean[c]) / static_cast<double>(++found[c]);
       }
     }
   }
-  return mean;
+  return {mean.begin(), mean.end()};
+}
+
+// Whether a block of weight k is so far from its center that digits of its squares are
+// lost, beside the squares before it.
+inline bool is_far(double k, double first, double second, double before) {
+  const double between = first * first / k, within = second - between;
+  return between > 4 * (std::max(within, 0.0) + before);
 }
 
 template <class X>
@@ -110,16 +117,29 @@ Moments moments_of_rows(const X* x, const float* weights, int64_t rows,
     const int64_t size = std::min(step, rows - begin), whole = size / folds;
     const float* w = weights ? weights + begin : nullptr;
     const X* block = x + begin * channels;
-    double k = w ? std::accumulate(w, w + size, 0.0) : static_cast<double>(size);
+    const double k = w ? std::accumulate(w, w + size, 0.0) : static_cast<double>(size);
     if (k == 0) continue;
-    lanes.sum(center.data(), [&](const float* center, float* first, float* second) {
-      add_rows(block, w, whole, width, center, first, second);
-    });
-    for (int64_t i = whole * folds * channels; i < size * channels; ++i) {
-      const int64_t c = i % channels;
-      const double delta = widen(block[i]) - center[c];
-      lanes.first[c] += delta;
-      lanes.second[c] += delta * delta;
+    const auto sum = [&] {
+      lanes.sum(center.data(), [&](const float* center, float* first, float* second) {
+        add_rows(block, w, whole, width, center, first, second);
+      });
+      for (int64_t i = whole * folds * channels; i < size * channels; ++i) {
+        const int64_t c = i % channels;
+        const double delta = widen(block[i]) - center[c];
+        lanes.first[c] += delta;
+        lanes.second[c] += delta * delta;
+      }
+    };
+    sum();
+    bool far = false;
+    for (int64_t c = 0; c < channels && !far; ++c) {
+      far = is_far(k, lanes.first[c], lanes.second[c], m.squares[c]);
+    }
+    if (far) {
+      for (int64_t c = 0; c < channels; ++c) {
+        center[c] += static_cast<float>(lanes.first[c] / k);
+      }
+      sum();
     }
     pool_block({m.n, k, channels}, lanes.first.data(), lanes.second.data(),
                m.mean.data(), m.squares.data(), center.data());
@@ -136,10 +156,15 @@ Moments moments_of_slabs(const X* x, const float* weights, Shape shape) {
   std::vector<float> center = guess_mean(x, weights, shape);
   for (int64_t a = 0; a < outer; ++a) {
     const float* w = weights ? weights + a * inner : nullptr;
-    double k = w ? std::accumulate(w, w + inner, 0.0) : static_cast<double>(inner);
+    const double k = w ? std::accumulate(w, w + inner, 0.0) : static_cast<double>(inner);
     if (k == 0) continue;
     for (int64_t c = 0; c < channels; ++c) {
-      Sums sums = sum_slab(x + (a * channels + c) * inner, w, inner, center[c]);
+      const X* slab = x + (a * channels + c) * inner;
+      Sums sums = sum_slab(slab, w, inner, center[c]);
+      if (is_far(k, sums.first, sums.second, m.squares[c])) {
+        center[c] += static_cast<float>(sums.first / k);
+        sums = sum_slab(slab, w, inner, center[c]);
+      }
       first[c] = sums.first;
       second[c] = sums.second;
     }
@@ -223,10 +248,11 @@ template <class X, class Pool>
 void moments(const X* x, const float* weights, Shape shape, float* mean, float* squares,
              Pool& pool) {
   if (shape.channels == 0) return;
+  if (shape.inner == 0) shape.outer = 0;  // Nothing to read.
   auto parts = in_parts(shape, pool, [=](int64_t begin, Shape part) {
     const X* own = x + begin * part.channels * part.inner;
     const float* w = weights ? weights + begin * part.inner : nullptr;
-    if (part.inner > 1) return moments_of_slabs(own, w, part);
+    if (part.inner != 1) return moments_of_slabs(own, w, part);
     return moments_of_rows(own, w, part.outer, part.channels);
   });
   Moments total(shape.channels);
@@ -246,10 +272,11 @@ template <class DY, class X, class Pool>
 void cotangents(const DY* dy, const X* x, const float* weights, const float* mean,
                 Shape shape, float* first, float* second, Pool& pool) {
   if (shape.channels == 0) return;
+  if (shape.inner == 0) shape.outer = 0;  // Nothing to read.
   auto parts = in_parts(shape, pool, [=](int64_t begin, Shape part) {
     const int64_t at = begin * part.channels * part.inner;
     const float* w = weights ? weights + begin * part.inner : nullptr;
-    if (part.inner > 1) return cotangents_of_slabs(dy + at, x + at, w, mean, part);
+    if (part.inner != 1) return cotangents_of_slabs(dy + at, x + at, w, mean, part);
     return cotangents_of_rows(dy + at, x + at, w, mean, part.outer, part.channels);
   });
   for (int64_t c = 0; c < shape.channels; ++c) {

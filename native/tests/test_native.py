@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 
 NATIVE = pathlib.Path(__file__).parents[1]
-SHAPES = [(37, 3, 1), (4096, 64, 1), (50, 10007, 1), (6, 5, 49), (0, 4, 1), (9, 1, 1)]
+SHAPES = [
+    (37, 3, 1),
+    (4096, 64, 1),
+    (50, 10007, 1),
+    (6, 5, 49),
+    (0, 4, 1),
+    (200, 4, 0),
+    (9, 1, 1),
+]
 DTYPES = ["float32", "bfloat16"]
 
 
@@ -63,6 +71,23 @@ def test_the_variance_is_exact_without_a_shift(mean):
     _, squares = jaxbn_cpu.moments(x)
     truth = wide(x).var((0, 2)) * 20000
     np.testing.assert_allclose(squares, truth, 1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 2**18), (2, 1, 2**17), (65536, 1, 1)])
+@pytest.mark.parametrize("first", [0.0, 1e4 + 100])
+def test_the_variance_is_exact_where_the_first_values_are_not_typical(shape, first):
+    x = np.array(numbers(shape, "float32", mean=1e4))
+    x[:8, :, :8] = first
+    _, squares = jaxbn_cpu.moments(x)
+    truth = x.astype(np.float64).var((0, 2)) * x[:, 0].size
+    np.testing.assert_allclose(squares, truth, 1e-6)
+
+
+def test_large_numbers_do_not_overflow_on_the_way():
+    x = jnp.array([2e38, -2e38, 1, 2], jnp.float32)[:, None, None]
+    mean, squares = jaxbn_cpu.moments(x)
+    np.testing.assert_allclose(mean, 0.75, atol=1e-7 * 2e38)
+    assert squares == np.inf
 
 
 def test_runs_are_equal_to_the_bit():
