@@ -126,6 +126,26 @@ def test_x_is_read_once_forward_and_once_backward():
     assert calls(text, "cotangents") == 1
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [((64, 4, 4, 8), -1), ((64, 8, 4, 4), 1), ((1, 8, 999), 1), ((999, 1), 1)],
+)
+def test_arrays_reach_the_kernels_without_a_copy(shape, axis, dtype):
+    x, v = numbers(shape, dtype), jnp.ones(shape[axis])
+
+    def step(x, dy):
+        f = partial(batch_norm, feature_axes=axis)
+        y, vjp, _ = jax.vjp(lambda x: f(x, v, v), x, has_aux=True)
+        return y, vjp(dy)
+
+    text = jax.jit(step).lower(x, x).compile().as_text()
+    assert calls(text, "cotangents") == 1
+    copies = re.findall(r"= (\w+)\[([\d,]+)\]\S* copy\(", text)
+    sizes = [np.prod([int(n) for n in dims.split(",")]) for _, dims in copies]
+    assert x.size not in sizes, copies
+
+
 @pytest.mark.parametrize("near", [False, True])
 def test_derivatives_of_derivatives(near):
     x = numbers((12, 3), "float32", std=1.0)

@@ -1,11 +1,11 @@
 // The kernels as calls of XLA's foreign function interface.
 //
-//   jaxbn_moments     x (outer, channels, inner), weights (outer, inner) or empty
-//                     -> mean, squares (channels)
-//   jaxbn_cotangents  dy, x (outer, channels, inner), weights, mean (channels)
-//                     -> first, second (channels)
+//   jaxbn_moments     x, weights -> mean, squares (channels)
+//   jaxbn_cotangents  dy, x, weights, mean (channels) -> first, second (channels)
 //
-// x and dy are float32 or bfloat16, all else float32.
+// x and dy, (outer, channels, inner), and weights, (outer, inner) or empty, come as arrays
+// of one axis: XLA may see another layout in an axis of length 1, and copy the array. x
+// and dy are float32 or bfloat16, all else float32.
 
 #include "batch_norm.h"
 #include "xla/ffi/api/ffi.h"
@@ -15,17 +15,14 @@ namespace ffi = xla::ffi;
 namespace {
 
 using Vector = ffi::BufferR1<ffi::F32>;
-using Weights = ffi::BufferR2<ffi::F32>;
 
 // The shape of `x`, which the other arrays must have been checked to have.
-ffi::Error shape_of(const ffi::AnyBuffer& x, jaxbn::Shape* shape) {
-  auto d = x.dimensions();
-  if (d.size() != 3) return ffi::Error::InvalidArgument("x must have rank 3");
-  *shape = {d[0], d[1], d[2]};
-  return ffi::Error::Success();
+jaxbn::Shape shape_of(const ffi::AnyBuffer& x, int64_t channels, int64_t inner) {
+  const int64_t slab = channels * inner;
+  return {slab ? static_cast<int64_t>(x.element_count()) / slab : 0, channels, inner};
 }
 
-const float* data_or_null(const Weights& weights) {
+const float* data_or_null(const Vector& weights) {
   return weights.element_count() ? weights.typed_data() : nullptr;
 }
 
@@ -42,11 +39,10 @@ ffi::Error with_type(const ffi::AnyBuffer& array, F f) {
   }
 }
 
-ffi::Error moments(ffi::ThreadPool pool, ffi::AnyBuffer x, Weights weights,
-                   ffi::Result<Vector> mean, ffi::Result<Vector> squares) {
-  jaxbn::Shape shape;
-  ffi::Error error = shape_of(x, &shape);
-  if (error.failure()) return error;
+ffi::Error moments(ffi::ThreadPool pool, ffi::AnyBuffer x, Vector weights,
+                   ffi::Result<Vector> mean, ffi::Result<Vector> squares,
+                   int64_t channels, int64_t inner) {
+  const jaxbn::Shape shape = shape_of(x, channels, inner);
   return with_type(x, [&](const auto* data) {
     jaxbn::moments(data, data_or_null(weights), shape, mean->typed_data(),
                    squares->typed_data(), pool);
@@ -55,11 +51,9 @@ ffi::Error moments(ffi::ThreadPool pool, ffi::AnyBuffer x, Weights weights,
 }
 
 ffi::Error cotangents(ffi::ThreadPool pool, ffi::AnyBuffer dy, ffi::AnyBuffer x,
-                      Weights weights, Vector mean, ffi::Result<Vector> first,
-                      ffi::Result<Vector> second) {
-  jaxbn::Shape shape;
-  ffi::Error error = shape_of(x, &shape);
-  if (error.failure()) return error;
+                      Vector weights, Vector mean, ffi::Result<Vector> first,
+                      ffi::Result<Vector> second, int64_t channels, int64_t inner) {
+  const jaxbn::Shape shape = shape_of(x, channels, inner);
   return with_type(x, [&](const auto* x_data) {
     return with_type(dy, [&](const auto* dy_data) {
       jaxbn::cotangents(dy_data, x_data, data_or_null(weights), mean.typed_data(), shape,
@@ -75,16 +69,20 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxbn_moments, moments,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
-                                  .Arg<Weights>()
+                                  .Arg<Vector>()
                                   .Ret<Vector>()
-                                  .Ret<Vector>());
+                                  .Ret<Vector>()
+                                  .Attr<int64_t>("channels")
+                                  .Attr<int64_t>("inner"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxbn_cotangents, cotangents,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
-                                  .Arg<Weights>()
+                                  .Arg<Vector>()
                                   .Arg<Vector>()
                                   .Ret<Vector>()
-                                  .Ret<Vector>());
+                                  .Ret<Vector>()
+                                  .Attr<int64_t>("channels")
+                                  .Attr<int64_t>("inner"));

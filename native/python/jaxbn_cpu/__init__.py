@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -57,8 +58,7 @@ def moments(
       Chan, Golub and LeVeque, "Algorithms for computing the sample variance" (1983).
     """
     x = _checked(x, "x")
-    out = jax.ShapeDtypeStruct(x.shape[1:2], jnp.float32)
-    return _call("jaxbn_moments", (out, out), x, _checked_weights(weights, x))
+    return _call("jaxbn_moments", x.shape, x, _checked_weights(weights, x))
 
 
 def cotangents(
@@ -96,14 +96,19 @@ def cotangents(
     """
     x, dy = _checked(x, "x"), _checked(dy, "dy", x)
     vectors = _checked_vectors(x, mean=mean)
-    out = jax.ShapeDtypeStruct(x.shape[1:2], jnp.float32)
     weights = _checked_weights(weights, x)
-    return _call("jaxbn_cotangents", (out, out), dy, x, weights, *vectors)
+    return _call("jaxbn_cotangents", x.shape, dy, x, weights, *vectors)
 
 
-def _call(name: str, out, *operands):
-    out = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), out)
-    return jax.ffi.ffi_call(name, out, vmap_method="sequential")(*operands)
+def _call(name: str, shape: tuple[int, ...], *operands: jax.Array):
+    """The two vectors that a kernel makes of arrays of this shape, and of vectors."""
+    _, channels, inner = shape
+    out = jax.ShapeDtypeStruct((channels,), jnp.float32)
+    call = jax.ffi.ffi_call(name, (out, out), vmap_method="sequential")
+    # Of one axis: with an axis of length 1 there are two layouts, which XLA may see as
+    # different, and copy the array.
+    flat = [array.reshape(-1) for array in operands]
+    return tuple(call(*flat, channels=np.int64(channels), inner=np.int64(inner)))
 
 
 def _checked(array, name: str, like: jax.Array | None = None) -> jax.Array:
