@@ -13,7 +13,6 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable
-from math import prod
 from typing import NamedTuple
 
 import jax
@@ -224,9 +223,7 @@ def _local_sums(names, axes: FeatureAxes, x, weights, center):
 
 def _local_cotangent_sums(names, axes: FeatureAxes, x, weights, dy, mean):
     kernel = importlib.import_module("jaxbn_cpu").cotangents
-    arrays = _in_three(axes, dy), _in_three(axes, x)
-    sums = kernel(*arrays, mean.reshape(-1), _in_two(axes, weights))
-    sums = [s.reshape(mean.shape) for s in sums]
+    sums = kernel(dy, x, mean, weights, feature_axes=axes)
     return _mesh.all_sum(sums, names) if names else sums
 
 
@@ -236,20 +233,5 @@ def _about(center, n, mean, squares):
     return n * offset, squares + n * jnp.square(offset)
 
 
-def _moments(axes: FeatureAxes, x, weights) -> list[jax.Array]:
-    kernel = importlib.import_module("jaxbn_cpu").moments
-    found = kernel(_in_three(axes, x), _in_two(axes, weights))
-    return [a.reshape(_axes.lengths(x, axes)) for a in found]
-
-
-def _in_three(axes: FeatureAxes, x: jax.Array) -> jax.Array:
-    """In the shape (outer, channels, inner)."""
-    first = axes[0] if axes else x.ndim
-    last = first + len(axes)
-    sizes = x.shape[:first], x.shape[first:last], x.shape[last:]
-    return x.reshape([prod(size) for size in sizes])
-
-
-def _in_two(axes: FeatureAxes, weights: jax.Array | None) -> jax.Array | None:
-    """In the shape (outer, inner)."""
-    return None if weights is None else _in_three(axes, weights)[:, 0]
+def _moments(axes: FeatureAxes, x, weights) -> tuple[jax.Array, jax.Array]:
+    return importlib.import_module("jaxbn_cpu").moments(x, weights, feature_axes=axes)

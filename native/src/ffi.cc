@@ -1,11 +1,11 @@
 // The kernels as calls of XLA's foreign function interface.
 //
-//   jaxbn_moments     x, weights -> mean, squares (channels)
-//   jaxbn_cotangents  dy, x, weights, mean (channels) -> first, second (channels)
+//   jaxbn_moments     x, weights -> mean, squares
+//   jaxbn_cotangents  dy, x, weights, mean -> first, second
 //
-// x and dy, (outer, channels, inner), and weights, (outer, inner) or empty, come as arrays
-// of one axis: XLA may see another layout in an axis of length 1, and copy the array. x
-// and dy are float32 or bfloat16, all else float32.
+// x and dy have (outer, channels, inner) elements, weights (outer, inner) or none, and the
+// vectors (channels), in any number of axes. x and dy are float32 or bfloat16, all else
+// float32.
 
 #include "batch_norm.h"
 #include "xla/ffi/api/ffi.h"
@@ -14,7 +14,7 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-using Vector = ffi::BufferR1<ffi::F32>;
+using Floats = ffi::Buffer<ffi::F32>;
 
 // The shape of `x`, which the other arrays must have been checked to have.
 jaxbn::Shape shape_of(const ffi::AnyBuffer& x, int64_t channels, int64_t inner) {
@@ -22,7 +22,7 @@ jaxbn::Shape shape_of(const ffi::AnyBuffer& x, int64_t channels, int64_t inner) 
   return {slab ? static_cast<int64_t>(x.element_count()) / slab : 0, channels, inner};
 }
 
-const float* data_or_null(const Vector& weights) {
+const float* data_or_null(const Floats& weights) {
   return weights.element_count() ? weights.typed_data() : nullptr;
 }
 
@@ -39,8 +39,8 @@ ffi::Error with_type(const ffi::AnyBuffer& array, F f) {
   }
 }
 
-ffi::Error moments(ffi::ThreadPool pool, ffi::AnyBuffer x, Vector weights,
-                   ffi::Result<Vector> mean, ffi::Result<Vector> squares,
+ffi::Error moments(ffi::ThreadPool pool, ffi::AnyBuffer x, Floats weights,
+                   ffi::Result<Floats> mean, ffi::Result<Floats> squares,
                    int64_t channels, int64_t inner) {
   const jaxbn::Shape shape = shape_of(x, channels, inner);
   return with_type(x, [&](const auto* data) {
@@ -51,8 +51,8 @@ ffi::Error moments(ffi::ThreadPool pool, ffi::AnyBuffer x, Vector weights,
 }
 
 ffi::Error cotangents(ffi::ThreadPool pool, ffi::AnyBuffer dy, ffi::AnyBuffer x,
-                      Vector weights, Vector mean, ffi::Result<Vector> first,
-                      ffi::Result<Vector> second, int64_t channels, int64_t inner) {
+                      Floats weights, Floats mean, ffi::Result<Floats> first,
+                      ffi::Result<Floats> second, int64_t channels, int64_t inner) {
   const jaxbn::Shape shape = shape_of(x, channels, inner);
   return with_type(x, [&](const auto* x_data) {
     return with_type(dy, [&](const auto* dy_data) {
@@ -69,9 +69,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxbn_moments, moments,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
-                                  .Arg<Vector>()
-                                  .Ret<Vector>()
-                                  .Ret<Vector>()
+                                  .Arg<Floats>()
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()
                                   .Attr<int64_t>("channels")
                                   .Attr<int64_t>("inner"));
 
@@ -80,9 +80,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxbn_cotangents, cotangents,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
-                                  .Arg<Vector>()
-                                  .Arg<Vector>()
-                                  .Ret<Vector>()
-                                  .Ret<Vector>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()
                                   .Attr<int64_t>("channels")
                                   .Attr<int64_t>("inner"));

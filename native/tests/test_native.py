@@ -4,6 +4,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,9 @@ SHAPES = [
 ]
 DTYPES = ["float32", "bfloat16"]
 
+moments = partial(jaxbn_cpu.moments, feature_axes=(1,))
+cotangents = partial(jaxbn_cpu.cotangents, feature_axes=(1,))
+
 
 def numbers(shape, dtype, seed=0, mean=1.0):
     rng = np.random.default_rng(seed)
@@ -39,15 +43,15 @@ def wide(array):
 def test_moments(shape, dtype, weighted):
     x = numbers(shape, dtype)
     rng = np.random.default_rng(1)
-    w = rng.integers(0, 3, size=shape[::2]).astype(np.float32) if weighted else None
-    truth, k = wide(x), np.ones(shape[::2]) if w is None else w
-    k = k[:, None, :]
+    each = shape[0], 1, shape[2]
+    w = rng.integers(0, 3, size=each).astype(np.float32) if weighted else None
+    truth, k = wide(x), np.ones(each) if w is None else w
     if weighted:
         x = jnp.where(k > 0, x, jnp.nan)
     n = k.sum()
     mean = (k * truth).sum((0, 2)) / max(n, 1)
     squares = (k * (truth - mean[:, None]) ** 2).sum((0, 2))
-    got = jax.jit(jaxbn_cpu.moments)(x, w)
+    got = jax.jit(moments)(x, w)
     np.testing.assert_allclose(got[0], mean, 2e-6, 2e-6)
     np.testing.assert_allclose(got[1], squares, 2e-6)
 
@@ -57,7 +61,7 @@ def test_moments(shape, dtype, weighted):
 def test_cotangents(shape, dtypes):
     dy, x = numbers(shape, dtypes[0], 2), numbers(shape, dtypes[1])
     mean = numbers(shape[1:2], "float32", 3)
-    got = jax.jit(jaxbn_cpu.cotangents)(dy, x, mean)
+    got = jax.jit(cotangents)(dy, x, mean)
     delta = wide(x) - wide(mean)[:, None]
     size = np.abs(wide(dy)).sum((0, 2)).max(initial=1.0)
     np.testing.assert_allclose(got[0], wide(dy).sum((0, 2)), 1e-5, 1e-6 * size)
@@ -68,7 +72,7 @@ def test_cotangents(shape, dtypes):
 @pytest.mark.parametrize("mean", [0.0, 1e2, 1e4])
 def test_the_variance_is_exact_without_a_shift(mean):
     x = numbers((20000, 32, 1), "float32", mean=mean)
-    _, squares = jaxbn_cpu.moments(x)
+    _, squares = moments(x)
     truth = wide(x).var((0, 2)) * 20000
     np.testing.assert_allclose(squares, truth, 1e-6)
 
@@ -78,14 +82,14 @@ def test_the_variance_is_exact_without_a_shift(mean):
 def test_the_variance_is_exact_where_the_first_values_are_not_typical(shape, first):
     x = np.array(numbers(shape, "float32", mean=1e4))
     x[:8, :, :8] = first
-    _, squares = jaxbn_cpu.moments(x)
+    _, squares = moments(x)
     truth = x.astype(np.float64).var((0, 2)) * x[:, 0].size
     np.testing.assert_allclose(squares, truth, 1e-6)
 
 
 def test_large_numbers_do_not_overflow_on_the_way():
     x = jnp.array([2e38, -2e38, 1, 2], jnp.float32)[:, None, None]
-    mean, squares = jaxbn_cpu.moments(x)
+    mean, squares = moments(x)
     np.testing.assert_allclose(mean, 0.75, atol=1e-7 * 2e38)
     assert squares == np.inf
 
@@ -94,8 +98,8 @@ def test_runs_are_equal_to_the_bit():
     x, dy = numbers((30000, 48, 1), "float32"), numbers((30000, 48, 1), "bfloat16", 1)
     runs = []
     for _ in range(10):
-        mean, squares = jaxbn_cpu.moments(x)
-        runs.append([mean, squares, *jaxbn_cpu.cotangents(dy, x, mean)])
+        mean, squares = moments(x)
+        runs.append([mean, squares, *cotangents(dy, x, mean)])
     for run in runs[1:]:
         for got, expected in zip(run, runs[0], strict=True):
             np.testing.assert_array_equal(got, expected)
@@ -104,31 +108,50 @@ def test_runs_are_equal_to_the_bit():
 def test_many_calls_at_once():
     """As many as there are threads, none of which may wait for another for ever."""
     xs = numbers((16, 4096, 32, 1), "float32")
-    many = jax.jit(lambda xs: [jaxbn_cpu.moments(x)[0] for x in xs])
+    many = jax.jit(lambda xs: [moments(x)[0] for x in xs])
     for got, x in zip(many(xs), xs, strict=True):
         np.testing.assert_allclose(got, wide(x).mean((0, 2)), 1e-5, 1e-5)
 
 
 def test_under_vmap():
     x = numbers((3, 100, 5, 2), "float32")
-    mean, _ = jax.vmap(jaxbn_cpu.moments)(x)
+    mean, _ = jax.vmap(moments)(x)
     np.testing.assert_allclose(mean, wide(x).mean((1, 3)), 1e-5, 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [((6, 5), ()), ((6, 5), (1,)), ((3, 4, 5), (-2, -1)), ((3, 4, 5, 2), (1, 2))],
+)
+def test_feature_axes(shape, axes):
+    x, dy = numbers(shape, "float32"), numbers(shape, "bfloat16", 1)
+    features = [axis % x.ndim for axis in axes]
+    reduced = tuple(axis for axis in range(x.ndim) if axis not in features)
+    mean, squares = jaxbn_cpu.moments(x, feature_axes=axes)
+    truth = wide(x).mean(reduced, keepdims=True)
+    np.testing.assert_allclose(mean, truth.squeeze(reduced), 1e-6)
+    np.testing.assert_allclose(squares, ((x - truth) ** 2).sum(reduced), 1e-5)
+    first, second = jaxbn_cpu.cotangents(dy, x, mean, feature_axes=axes)
+    np.testing.assert_allclose(first, wide(dy).sum(reduced), 1e-5)
+    product = (wide(dy) * (x - truth)).sum(reduced)
+    np.testing.assert_allclose(second, product, 1e-5, 1e-4)
+
+
 def test_what_is_refused():
-    x, f64 = jnp.ones((4, 3, 1)), np.ones((4, 3, 1), np.float16)
+    x, f16 = jnp.ones((4, 3, 1)), np.ones((4, 3, 1), np.float16)
     with pytest.raises(TypeError, match="`x` must be float32 or bfloat16, got float16"):
-        jaxbn_cpu.moments(f64)
-    with pytest.raises(ValueError, match=r"`x` must have shape \(outer, channels, inn"):
-        jaxbn_cpu.moments(x[0])
-    with pytest.raises(
-        ValueError, match=r"`weights` has shape \(4,\), expected \(4, 1"
-    ):
-        jaxbn_cpu.moments(x, jnp.ones(4))
+        moments(f16)
+    for axes in [(0, 2), (2, 1), (3,), (-4,)]:
+        with pytest.raises(ValueError, match="expected axes of `x`, which has 3, next"):
+            jaxbn_cpu.moments(x, feature_axes=axes)
+    with pytest.raises(ValueError, match=r"`weights` .*\(4,\), expected \(4, 1, 1\)"):
+        moments(x, jnp.ones(4))
     with pytest.raises(TypeError, match="`weights` must be float32, got bool"):
-        jaxbn_cpu.moments(x, jnp.ones((4, 1), bool))
+        moments(x, jnp.ones((4, 1, 1), bool))
     with pytest.raises(ValueError, match=r"`mean` is float32 of shape \(4,\), expec"):
-        jaxbn_cpu.cotangents(x, x, jnp.ones(4))
+        cotangents(x, x, jnp.ones(4))
+    with pytest.raises(ValueError, match=r"`dy` has shape \(4, 3\), expected \(4, 3,"):
+        cotangents(x[..., 0], x, jnp.ones(3))
 
 
 @pytest.mark.parametrize("clones", [True, False], ids=["machine's", "portable"])

@@ -6,6 +6,7 @@ JAX like any other, for programs that run on a CPU. They have no derivative here
 
 import ctypes
 import pathlib
+from math import prod
 from typing import TYPE_CHECKING
 
 import jax
@@ -25,9 +26,12 @@ for _name in ("jaxbn_moments", "jaxbn_cotangents"):
 
 
 def moments(
-    x: "ArrayLike", weights: "ArrayLike | None" = None
+    x: "ArrayLike",
+    weights: "ArrayLike | None" = None,
+    *,
+    feature_axes: tuple[int, ...] = (-1,),
 ) -> tuple[jax.Array, jax.Array]:
-    """Mean of each channel, and the sum of squares about it.
+    """Mean of each feature, and the sum of squares about it.
 
         n = Σw      mean = Σwx / n      squares = Σw(x − mean)²
 
@@ -36,20 +40,23 @@ def moments(
     with as many threads. Where the weight is 0, `x` may be anything.
 
     Args:
-      x: Array of float32 or bfloat16, of shape (outer, channels, inner): reduced are
-        the first axis and the last. Channels last have an inner axis of length 1.
-      weights: float32 of shape (outer, inner), not negative; by default 1.
+      x: Array of float32 or bfloat16.
+      weights: float32, not negative, of the shape of `x` with the feature axes of
+        length 1; by default 1.
+      feature_axes: The axes that are not reduced, next to each other. By default the
+        last.
 
     Returns:
-      `(mean, squares)`, float32 of shape (channels,); 0 where there is no weight.
+      `(mean, squares)`, float32 with the shape of the feature axes; 0 where there is
+      no weight.
 
     Raises:
       TypeError: A dtype is another.
-      ValueError: A shape does not fit.
+      ValueError: A shape does not fit, or the feature axes are not next to each other.
 
     Example:
       >>> import jaxbn_cpu, jax.numpy as jnp
-      >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])[:, :, None]
+      >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
       >>> mean, squares = jaxbn_cpu.moments(x)
       >>> print(mean, squares)
       [ 2. 20.] [  2. 200.]
@@ -58,7 +65,8 @@ def moments(
       Chan, Golub and LeVeque, "Algorithms for computing the sample variance" (1983).
     """
     x = _checked(x, "x")
-    return _call("jaxbn_moments", x.shape, x, _checked_weights(weights, x))
+    axes = _checked_axes(feature_axes, x)
+    return _call("jaxbn_moments", axes, x, _checked_weights(weights, axes, x))
 
 
 def cotangents(
@@ -66,6 +74,8 @@ def cotangents(
     x: "ArrayLike",
     mean: "ArrayLike",
     weights: "ArrayLike | None" = None,
+    *,
+    feature_axes: tuple[int, ...] = (-1,),
 ) -> tuple[jax.Array, jax.Array]:
     """The two sums of batch norm's backward pass.
 
@@ -74,76 +84,84 @@ def cotangents(
     Args:
       dy: Array of float32 or bfloat16, of the shape of `x`.
       x: As for `moments`.
-      mean: float32 of shape (channels,).
+      mean: float32 with the shape of the feature axes.
       weights: As for `moments`. They do not weigh here: where they are 0 and `x` is not
         finite, `x` counts as the mean.
+      feature_axes: As for `moments`.
 
     Returns:
-      `(first, second)`, float32 of shape (channels,).
+      `(first, second)`, float32 with the shape of the feature axes.
 
     Raises:
       TypeError: A dtype is another.
-      ValueError: A shape does not fit.
+      ValueError: A shape does not fit, or the feature axes are not next to each other.
 
     Example:
       >>> import jaxbn_cpu, jax.numpy as jnp
-      >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])[:, :, None]
+      >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
       >>> print(*jaxbn_cpu.cotangents(jnp.ones_like(x), x, jnp.array([1.0, 10.0])))
       [2. 2.] [ 2. 20.]
 
     References:
       Ioffe and Szegedy, "Batch Normalization" (2015), section 3.
     """
-    x, dy = _checked(x, "x"), _checked(dy, "dy", x)
-    vectors = _checked_vectors(x, mean=mean)
-    weights = _checked_weights(weights, x)
-    return _call("jaxbn_cotangents", x.shape, dy, x, weights, *vectors)
+    x, dy = _checked(x, "x"), _checked(dy, "dy")
+    if dy.shape != x.shape:
+        raise ValueError(f"`dy` has shape {dy.shape}, expected {x.shape}, that of `x`.")
+    axes = _checked_axes(feature_axes, x)
+    mean, features = jnp.asarray(mean), tuple(x.shape[axis] for axis in axes)
+    if mean.shape != features or mean.dtype != jnp.float32:
+        raise ValueError(
+            f"`mean` is {mean.dtype} of shape {mean.shape}, expected float32 of shape "
+            f"{features}: a number for each feature of `x`."
+        )
+    weights = _checked_weights(weights, axes, x)
+    return _call("jaxbn_cotangents", axes, dy, x, weights, mean)
 
 
-def _call(name: str, shape: tuple[int, ...], *operands: jax.Array):
-    """The two vectors that a kernel makes of arrays of this shape, and of vectors."""
-    _, channels, inner = shape
-    out = jax.ShapeDtypeStruct((channels,), jnp.float32)
+def _call(name: str, axes: tuple[int, ...], x: jax.Array, *rest: jax.Array):
+    """The two vectors that a kernel makes of `x`, and of the rest.
+
+    Arrays are handed on in the shape that they have: reshaped for the call, bfloat16
+    may be copied, and what computes `x` loops over its elements in another shape.
+    """
+    first = axes[0] if axes else x.ndim
+    features, inner = x.shape[first : first + len(axes)], x.shape[first + len(axes) :]
+    out = jax.ShapeDtypeStruct(features, jnp.float32)
     call = jax.ffi.ffi_call(name, (out, out), vmap_method="sequential")
-    # Of one axis: with an axis of length 1 there are two layouts, which XLA may see as
-    # different, and copy the array.
-    flat = [array.reshape(-1) for array in operands]
-    return tuple(call(*flat, channels=np.int64(channels), inner=np.int64(inner)))
+    sizes = {"channels": features, "inner": inner}
+    return tuple(call(x, *rest, **{k: np.int64(prod(v)) for k, v in sizes.items()}))
 
 
-def _checked(array, name: str, like: jax.Array | None = None) -> jax.Array:
+def _checked(array, name: str) -> jax.Array:
     array = jnp.asarray(array)
     if array.dtype not in DTYPES:
         raise TypeError(f"`{name}` must be float32 or bfloat16, got {array.dtype}.")
-    if array.ndim != 3:
-        raise ValueError(
-            f"`{name}` must have shape (outer, channels, inner), got {array.shape}."
-        )
-    if like is not None and array.shape != like.shape:
-        raise ValueError(f"`{name}` has shape {array.shape}, expected {like.shape}.")
     return array
 
 
-def _checked_vectors(x: jax.Array, **vectors) -> list[jax.Array]:
-    arrays = {name: jnp.asarray(vector) for name, vector in vectors.items()}
-    for name, array in arrays.items():
-        if array.shape != x.shape[1:2] or array.dtype != jnp.float32:
-            raise ValueError(
-                f"`{name}` is {array.dtype} of shape {array.shape}, expected float32 "
-                f"of shape {x.shape[1:2]}: a number for each channel of `x`."
-            )
-    return list(arrays.values())
+def _checked_axes(feature_axes: tuple[int, ...], x: jax.Array) -> tuple[int, ...]:
+    axes = tuple(axis + x.ndim if axis < 0 else axis for axis in feature_axes)
+    first = axes[0] if axes else 0
+    adjacent = tuple(range(first, first + len(axes)))
+    if axes != adjacent or not 0 <= first <= x.ndim - len(axes):
+        raise ValueError(
+            f"`feature_axes` is {feature_axes}, expected axes of `x`, which has "
+            f"{x.ndim}, next to each other and in ascending order."
+        )
+    return axes
 
 
-def _checked_weights(weights, x: jax.Array) -> jax.Array:
+def _checked_weights(weights, axes: tuple[int, ...], x: jax.Array) -> jax.Array:
     if weights is None:
-        return jnp.zeros((0, 0), jnp.float32)
+        return jnp.zeros(0, jnp.float32)
     weights = jnp.asarray(weights)
     if weights.dtype != jnp.float32:
         raise TypeError(f"`weights` must be float32, got {weights.dtype}.")
-    if weights.shape != x.shape[::2]:
+    expected = tuple(1 if i in axes else n for i, n in enumerate(x.shape))
+    if weights.shape != expected:
         raise ValueError(
-            f"`weights` has shape {weights.shape}, expected {x.shape[::2]}: the outer "
-            "and the inner axis of `x`."
+            f"`weights` has shape {weights.shape}, expected {expected}: that of `x`, "
+            "with the feature axes of length 1."
         )
     return weights
