@@ -13,13 +13,15 @@ KERNELS := $(VENV)/.kernels-$(NATIVE)
 KERNEL_SOURCES := $(shell find native -name '*.py' -o -name '*.h' -o -name '*.cc' \
     -o -name '*.toml' -o -name 'CMakeLists.txt')
 OUT ?= out/digits
+SITE ?= out/docs
 TESTS ?= tests $(if $(filter yes,$(NATIVE)),native/tests)
 # Plain torch brings gigabytes of CUDA.
 PEERS ?= '.[peers]' torch==2.13.0+cpu
 # Documents whose examples are run.
 PAGES := README.md
 
-.PHONY: help demo demo-small test test-all lint format types doctest figures check clean peers
+.PHONY: help install demo demo-small test test-all lint format types doctest docs figures check \
+    check-less clean peers
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,6 +42,8 @@ else
 	@$(BIN)/python -m pip uninstall -q -y jaxbn-cpu 2>/dev/null || true
 endif
 	@rm -f $(VENV)/.kernels-* && touch $@
+
+install: $(KERNELS)  ## Make the environment that the other targets run in.
 
 demo: $(KERNELS)  ## Train a deep network on real digits, with and without batch norm.
 	$(BIN)/python examples/train_digits.py --out $(OUT)
@@ -71,12 +75,20 @@ peers: $(INSTALLED)  ## Install the libraries to compare with; tests that need o
 types: $(INSTALLED)  ## Check types.
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+docs: $(KERNELS)  ## Build the site, in out/docs. Warnings are errors.
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs $(SITE)
+	@echo "Wrote $(SITE)/index.html"
+
 figures: $(INSTALLED)  ## Draw the pictures that the pages show.
 	$(BIN)/python examples/train_digits.py --out $(OUT) --figure docs/figures/digits.png
 	$(BIN)/python examples/small_batches.py --figure docs/figures/small_batches.png
 	$(BIN)/python examples/covariate_shift.py --figure docs/figures/covariate_shift.png
+	$(BIN)/python examples/why_batch_norm.py --figures docs/figures
+	$(BIN)/python benchmarks/figures.py
 
-check: lint types test doctest demo-small  ## Everything that must pass.
+check: check-less test  ## Everything that must pass.
+
+check-less: lint types doctest docs demo-small  ## The same without the tests.
 
 clean:  ## Remove what the targets made.
 	rm -rf .venv .venv-* out .pytest_cache .ruff_cache .hypothesis dist

@@ -1,10 +1,11 @@
-"""Are the README's tables those of the results? Writes them, from `benchmarks/results`.
+"""Are the pages' tables those of the results? Writes them, from `benchmarks/results`.
 
     python benchmarks/tables.py
     python benchmarks/tables.py --check
 
-A table stands between `<!-- table: NAME -->` and `<!-- /table -->`, NAME being one of
-`TABLES`. With `--check` nothing is written, and the exit status says whether it had to.
+On `PAGES`, a table stands between `<!-- table: NAME -->` and `<!-- /table -->`, NAME
+being one of `TABLES`. With `--check` nothing is written, and the exit status says
+whether it had to.
 """
 
 import argparse
@@ -16,7 +17,10 @@ from _devices import TARGETS
 from _tables import markdown, read, shape_text
 from speed import OURS, mean_ratio
 
-README = pathlib.Path(__file__).parents[1] / "README.md"
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = [
+    ROOT / name for name in ("README.md", "docs/numerics.md", "docs/performance.md")
+]
 # Columns of the table of speed, by the libraries that they are of.
 PEERS = {
     "native": "jaxbn native",
@@ -65,7 +69,70 @@ def compiled() -> str:
     return markdown(["compiled for", "", *kinds, "all-reduces"], rows, left=2)
 
 
-TABLES = {"speed": speed, "compiled": compiled}
+def training() -> str:
+    """`means` of forward and backward, and what they are of."""
+    head, rule, *rows = means().splitlines()
+    rows = [row for row in rows if MODE in row]
+    return "\n".join([head, rule, *rows, "", _setting(read("speed_cpu"))])
+
+
+def means() -> str:
+    """Ratios to ours, the means over the shapes, for every kind of case."""
+    cases = [_with_best_torch(c) for c in read("speed_cpu")["cases"]]
+    kinds = dict.fromkeys((c["mode"], c["dtype"], c["relu"]) for c in cases)
+    rows = []
+    for mode, dtype, relu in kinds:
+        kind = (mode, dtype, relu)
+        alike = [c for c in cases if (c["mode"], c["dtype"], c["relu"]) == kind]
+        ratios = [mean_ratio(alike, name) for name in PEERS.values()]
+        rows.append([mode, dtype, "yes" if relu else "", *ratios])
+    return markdown(["", "dtype", "relu", *PEERS], rows, left=3)
+
+
+def resnet() -> str:
+    """Time and memory of a step of a whole network."""
+    found = read("resnet_cpu")
+    first = found["cases"][0]["step_ms"][1]
+    rows = []
+    for case in found["cases"]:
+        ms = case["step_ms"][1]
+        cells = f"{ms:.0f}", f"{ms / first:.2f}", case["memory_mib"]
+        rows.append([case["library"], *cells])
+    return markdown(["", "step, ms", "relative", "memory, MiB"], rows)
+
+
+def accuracy() -> str:
+    """Errors of the variance, a column for each library."""
+    rows = read("accuracy")["libraries"]
+    return _errors(rows, left=1)
+
+
+def shifts() -> str:
+    """Errors of the variance, a column for each distance of the shift."""
+    others = ("flax default", "two passes")
+    rows = read("accuracy")["ways"]
+    kept = [{k: v for k, v in row.items() if k not in others} for row in rows]
+    return _errors(kept, left=0)
+
+
+def _errors(rows: list[dict], left: int) -> str:
+    def cell(name: str, value) -> str:
+        if isinstance(value, str):
+            return value
+        return f"{value:g}" if name == "mean/std" else f"{value:.0e}"
+
+    return markdown(rows[0], [[cell(*i) for i in row.items()] for row in rows], left)
+
+
+TABLES = {
+    "speed": speed,
+    "compiled": compiled,
+    "training": training,
+    "means": means,
+    "resnet": resnet,
+    "accuracy": accuracy,
+    "shifts": shifts,
+}
 
 
 def rendered(page: str) -> str:
@@ -101,15 +168,16 @@ def _setting(found: dict) -> str:
 
 
 def main() -> None:
-    """Writes the page, or says that it should be."""
+    """Writes the pages, or says which should be."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    page = README.read_text()
-    new = rendered(page)
-    if args.check and new != page:
-        sys.exit("README.md is not up to date: python benchmarks/tables.py")
-    README.write_text(new)
+    made = {page: rendered(page.read_text()) for page in PAGES}
+    old = [page.name for page, new in made.items() if new != page.read_text()]
+    if args.check and old:
+        sys.exit(f"Not up to date: {', '.join(old)}. Run python benchmarks/tables.py")
+    for page, new in made.items():
+        page.write_text(new)
 
 
 if __name__ == "__main__":

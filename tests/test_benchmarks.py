@@ -16,6 +16,7 @@ SMALL = "--rounds 1 --malloc default"
 RUNS = [
     ("accuracy", "--steps 1 2 --libraries linen --out OUT"),
     ("compiled", "cpu --shape 4x2x2x8 --libraries jaxbn linen --out FOLDER"),
+    ("figures", "--folder FOLDER"),
     ("folding", "cpu --batch 1 --size 8 --blocks 1 --dtypes float32"),
     ("memory", "cpu --blocks 1 --shape 2 4 4 4"),
     (
@@ -61,6 +62,7 @@ def test_runs(script, argv, tmp_path):
     paths = {"OUT": str(tmp_path / "found.json"), "FOLDER": str(tmp_path)}
     out = run(script, [paths.get(word, word) for word in argv.split()])
     assert out.returncode == 0, out.stderr
+    assert any(tmp_path.iterdir()) == ("OUT" in argv or "FOLDER" in argv)
     written = list(tmp_path.glob("*.json"))
     assert len(written) == ("--out" in argv)
     for path in written:
@@ -95,11 +97,11 @@ def test_a_page_that_is_not_up_to_date_is_found(monkeypatch, tmp_path):
     import tables
 
     page = tmp_path / "README.md"
-    good = tables.rendered(tables.README.read_text())
-    page.write_text(good.replace("| geometric mean |", "| mean |"))
-    monkeypatch.setattr(tables, "README", page)
+    good = tables.rendered(tables.PAGES[0].read_text())
+    page.write_text(good.replace("| forward+backward |", "| both |"))
+    monkeypatch.setattr(tables, "PAGES", [page])
     monkeypatch.setattr(sys, "argv", ["tables.py", "--check"])
-    with pytest.raises(SystemExit, match="not up to date"):
+    with pytest.raises(SystemExit, match=r"Not up to date: README\.md"):
         tables.main()
     monkeypatch.setattr(sys, "argv", ["tables.py"])
     tables.main()

@@ -2,6 +2,7 @@
 
 import re
 from functools import partial
+from itertools import cycle
 
 import jax
 import jax.numpy as jnp
@@ -190,8 +191,10 @@ def test_what_is_kept_is_what_xla_keeps(dtype):
     assert kept("cpu") == kept("xla") == [dtype]
 
 
-@pytest.mark.parametrize("name", [n for n in spread.CONTEXTS if n != "vmap"])
-@pytest.mark.parametrize("shift", [None, 0.7])
+@pytest.mark.parametrize(
+    ("name", "shift"),
+    zip((n for n in spread.CONTEXTS if n != "vmap"), cycle([None, 0.7])),
+)
 def test_across_devices(name, shift):
     args = spread.arguments("float32")
     options = {"form": "vjp", "shift": shift}

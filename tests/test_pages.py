@@ -2,6 +2,7 @@
 
 import doctest
 import pathlib
+import re
 
 import jax
 import pytest
@@ -23,6 +24,12 @@ PAGES = [
 
 def test_there_are_pages():
     assert {*NEEDS, "recipes/plain_jax.md", "migrating/flax.md"} <= set(PAGES)
+
+
+def test_no_python_is_shown_that_is_not_run():
+    for page in DOCS.rglob("*.md"):
+        blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.S | re.M)
+        assert all(block.startswith(">>> ") for block in blocks), page
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -304,3 +304,16 @@ def test_streaming_and_example_weight_use_a_wide_state(x64):
     params, state = layer.init(1)
     with pytest.raises(TypeError, match=r"`state\.mean` is complex"):
         layer.apply(params, state, x, training=True)
+
+
+def test_conditional_with_neither_scale_nor_bias_has_every_mode():
+    layer = jaxbn.layers.conditional(num_classes=2, use_scale=False, use_bias=False)
+    params, state = layer.init(3)
+    x, ids = numbers((8, 3), "float32"), jnp.arange(8) % 2
+
+    def f(x):
+        return layer.apply(params, state, x, training=True, condition=ids)[0]
+
+    plain = lambda x: jaxbn.batch_norm(x, derivatives="jvp")[0]
+    expected = jax.jvp(plain, (x,), (jnp.sin(x),))
+    assert_close(jax.jvp(f, (x,), (jnp.sin(x),)), expected, rtol=1e-4, atol=1e-5)

@@ -134,6 +134,7 @@ def conditional(
             **over,
             weights=weights,
             shift=state.mean if use_fast_variance else None,
+            derivatives="jvp",  # Every mode, with neither scale nor bias as well.
         )
 
     def infer(params, state: RunningStats, x, weights, condition=None):
