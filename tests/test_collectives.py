@@ -114,6 +114,45 @@ def test_all_reduces_that_a_module_issues(cls, issued):
     assert lowered.as_text().count("stablehlo.all_reduce") == issued
 
 
+def table_of_all_reduces():
+    """Numbers that docs/derivatives.md tells, by form, or None for an error."""
+    page = (pathlib.Path(__file__).parents[1] / "docs/derivatives.md").read_text()
+    rows = page.partition("| all-reduces |")[2].partition("\n\n")[0].splitlines()[2:]
+    for row in rows:
+        form, *cells = row.strip("| ").split(" | ")
+        yield form.strip('`"'), [None if cell == "–" else int(cell) for cell in cells]
+
+
+@pytest.mark.parametrize(("form", "told"), list(table_of_all_reduces()))
+def test_all_reduces_of_each_derivative(form, told):
+    def layer(x, scale, bias):
+        sums = {"shift": jnp.full(3, 0.1), "axis_name": "data"}
+        if form in ("vjp", "jvp"):
+            return jaxbn.batch_norm(x, scale, bias, **sums, derivatives=form)[0]
+        m = jaxbn.moments(x, **sums)
+        return jaxbn.normalize(x, m.mean, m.var, scale, bias)
+
+    loss = lambda *a: jnp.sum(jnp.sin(layer(*a)))
+    along = lambda f: lambda *a: jax.jvp(f, a, a)[1]
+    derivatives = [
+        (layer, ROWS),
+        (jax.grad(loss, (0, 1, 2)), (ROWS, ALL, ALL)),
+        (along(layer), ROWS),
+        (along(jax.grad(loss)), ROWS),
+        (jax.grad(along(loss)), ROWS),
+    ]
+    operands = jnp.ones((16, 3)), jnp.ones(3), jnp.ones(3)
+    for (f, out), number in zip(derivatives, told, strict=True):
+        specs = {"in_specs": (ROWS, ALL, ALL), "out_specs": out}
+        spread = jax.jit(jax.shard_map(f, mesh=over(jax.devices()[:2]), **specs))
+        if number is None:
+            with pytest.raises((TypeError, NotImplementedError)):
+                spread.lower(*operands)
+        else:
+            text = spread.lower(*operands).as_text()
+            assert text.count("stablehlo.all_reduce") == number
+
+
 def remat_collectives(policy):
     """All-reduces of three layers that are recomputed, as issued and as compiled."""
 

@@ -193,7 +193,7 @@ def test_what_is_kept_is_what_xla_keeps(dtype):
 
 @pytest.mark.parametrize(
     ("name", "shift"),
-    zip((n for n in spread.CONTEXTS if n != "vmap"), cycle([None, 0.7])),
+    list(zip((n for n in spread.CONTEXTS if n != "vmap"), cycle([None, 0.7]))),
 )
 def test_across_devices(name, shift):
     args = spread.arguments("float32")
