@@ -32,6 +32,12 @@ def test_no_python_is_shown_that_is_not_run():
         assert all(block.startswith(">>> ") for block in blocks), page
 
 
+def test_no_line_is_taken_for_a_comment():
+    """MyST leaves out a line that begins with a percent sign."""
+    for page in DOCS.rglob("*.md"):
+        assert not re.search(r"^\s*%", page.read_text(), re.M), page
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_page(page):
     if page in NEEDS:
