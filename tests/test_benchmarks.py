@@ -33,7 +33,7 @@ RUNS = [
     (
         "speed",
         "--rounds 1 --shapes 8x4 2x3x3x4 --dtypes bfloat16 --relu yes --out OUT "
-        "--modes forward+backward",
+        "--modes forward+backward --libraries linen torch",
     ),
     ("speed", f"{SMALL} --gpu --shapes 8x4 --relu no --libraries linen --out OUT"),
     ("tables", "--check"),
@@ -71,7 +71,7 @@ def test_runs(script, argv, tmp_path):
         assert "nan" not in out.stdout.lower()
 
 
-@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("relu", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_libraries_compute_the_same(monkeypatch, relu):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from _layers import LAYERS

@@ -72,10 +72,13 @@ SETTINGS = {
     "place": ("activation", "norm", "lr"),
     "noise": ("statistics", "batch"),
 }
+SLOW = ("steps", "place")  # Made like the others.
 LENGTHS = {"gradients": 4, "steps": 4, "drift": 6, "place": 6, "noise": 6}
 
 
-@pytest.mark.parametrize("name", [*SETTINGS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in SETTINGS]
+)
 def test_an_experiment_writes_its_table_and_its_picture(study, name, tmp_path, capsys):
     results = study("--seeds", SEEDS, "--steps", 4, "--only", name)
     assert list(results) == [name]

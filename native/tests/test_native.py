@@ -154,7 +154,11 @@ def test_what_is_refused():
         cotangents(x[..., 0], x, jnp.ones(3))
 
 
-@pytest.mark.parametrize("clones", [True, False], ids=["machine's", "portable"])
+@pytest.mark.parametrize(
+    "clones",
+    [pytest.param(True, marks=pytest.mark.slow, id="machine's"), False],
+    ids=lambda clones: "portable",
+)
 def test_under_the_sanitizers(tmp_path, clones):
     """ASan and UBSan, over every type and awkward size, without XLA."""
     if shutil.which("cmake") is None:
