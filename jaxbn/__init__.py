@@ -2,7 +2,7 @@
 
 Four verbs: `moments` and `normalize`, `batch_norm` which is both with a hand-written
 derivative, and `update` for running statistics. `jaxbn.layers` puts them together as
-pairs of pure functions; `jaxbn.linen` and `jaxbn.nnx` as Flax modules.
+pure functions; `jaxbn.linen` and `jaxbn.nnx` as Flax modules.
 """
 
 import importlib

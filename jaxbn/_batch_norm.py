@@ -43,15 +43,16 @@ def batch_norm(
       epsilon: Added to the variance. A number or a scalar array, and data: gradients
         stop there.
       weights: As for `moments`. They decide what the statistics are of; all of `x` is
-        normalized. NaN and infinity where the weight is 0 reach no gradient.
+        normalized. NaN and infinity where the weight is 0 make y NaN there, and reach
+        no gradient of a loss that leaves these positions out.
       shift: As for `moments`: a running mean saves one pass over `x`.
       axis_name: As for `moments`.
       axis_index_groups: As for `moments`.
       dtype: The output's dtype, by default that of `x`. May be complex for real `x`,
         and must be where `scale` or `bias` is.
       derivatives: "vjp" has reverse mode, and reverse or forward mode over it. "jvp"
-        has every mode at the same cost on one device; across devices its backward pass
-        issues more all-reduces.
+        has every mode at the same cost on one device, but for the CPU kernels, which
+        its backward pass does not use; across devices it issues more all-reduces.
       implementation: As for `moments`: None, "xla" or "cpu". The kernels sum backward,
         too, with "vjp".
 

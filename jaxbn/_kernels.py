@@ -169,7 +169,7 @@ def _obstacle(x, feature_axes: FeatureAxes, weights, dtypes) -> str | None:
 @functools.cache
 def _missing() -> str | None:
     if importlib.util.find_spec("jaxbn_cpu") is None:
-        return "jaxbn-cpu is not installed (`pip install jaxbn-cpu`)."
+        return "jaxbn-cpu is not installed (`pip install ./native` in a checkout)."
     try:
         importlib.import_module("jaxbn_cpu")
     except (ImportError, OSError) as error:

@@ -38,6 +38,7 @@ RUNS = [
     ("speed", f"{SMALL} --gpu --shapes 8x4 --relu no --libraries linen --out OUT"),
     ("tables", "--check"),
 ]
+SLOW = ("memory", "resnet", "scale")
 
 
 def run(script, argv):
@@ -57,7 +58,13 @@ def test_no_script_is_left_out():
     assert scripts == {script for script, _ in RUNS}
 
 
-@pytest.mark.parametrize(("script", "argv"), RUNS, ids=[name for name, _ in RUNS])
+@pytest.mark.parametrize(
+    ("script", "argv"),
+    [
+        pytest.param(*r, marks=[pytest.mark.slow] * (r[0] in SLOW), id=r[0])
+        for r in RUNS
+    ],
+)
 def test_runs(script, argv, tmp_path):
     paths = {"OUT": str(tmp_path / "found.json"), "FOLDER": str(tmp_path)}
     out = run(script, [paths.get(word, word) for word in argv.split()])

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from data import assert_close, numbers
+from data import assert_close, half_slow, numbers
 from jax.test_util import check_grads
 
 import jaxbn
@@ -60,9 +60,13 @@ def scalar(bn, uses_moments):
     return loss
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
-    ("w", "shift"), [("none", "shift"), ("mask", "shift"), ("floats", "two_passes")]
+    ("w", "shift", "form"),
+    half_slow(
+        (*kind, form)
+        for form in FORMS
+        for kind in [("none", "shift"), ("mask", "shift"), ("floats", "two_passes")]
+    ),
 )
 def test_check_grads(form, w, shift):
     modes = ("rev",) if form == "vjp" else ("fwd", "rev")

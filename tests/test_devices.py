@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from allpairspy import AllPairs
-from data import numbers
+from data import half_slow, numbers
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -37,7 +37,8 @@ def truth(form, shift):
 
 
 @pytest.mark.parametrize(
-    ("context", "form", "shift"), list(AllPairs([list(CONTEXTS), FORMS, (None, 0.7)]))
+    ("context", "form", "shift"),
+    half_slow(AllPairs([list(CONTEXTS), FORMS, (None, 0.7)])),
 )
 def test_values_and_derivatives(context, form, shift):
     f = functools.partial(CONTEXTS[context], form=form, shift=shift)

@@ -72,7 +72,7 @@ SETTINGS = {
     "place": ("activation", "norm", "lr"),
     "noise": ("statistics", "batch"),
 }
-SLOW = ("steps", "place")  # Made like the others.
+SLOW = ("steps", "place", "noise")  # Made like the others.
 LENGTHS = {"gradients": 4, "steps": 4, "drift": 6, "place": 6, "noise": 6}
 
 
