@@ -97,10 +97,12 @@ def _bwd(static: Static, residuals, c):
     delta = y * expand(delta)
     if given.weights is not None:
         delta = jnp.where(hidden, 0, delta)
-    vectors = scale, bias, inv, k
     local = _sums.cotangent_sums(c, delta, rule.feature_axes)
-    dx, dscale, dbias = _rules.pull_back(rule, c, delta, local, *vectors, given)
-    return _rules.as_cotangent(dx, z).astype(static.x_dtype), dscale, dbias, None
+    vectors = scale, bias, inv, k, given
+    c1, c0, *cotangents = _rules.pull_back(rule, local, delta, *vectors)
+    elements = c, delta, k, c1, c0, given.weights
+    dx = _sums.input_cotangent(*elements, rule.feature_axes)
+    return _rules.as_cotangent(dx, z).astype(static.x_dtype), *cotangents, None
 
 
 in_place_form = jax.custom_vjp(_output, nondiff_argnums=(0,))

@@ -98,6 +98,21 @@ def cotangent_sums(
     return _operation(chosen, _xla_cotangent_sums, _cotangent_sums)(*operands)
 
 
+def input_cotangent(
+    chosen: Chosen,
+    dy: jax.Array,
+    x: jax.Array,
+    mean: jax.Array,
+    weights: jax.Array | None,
+    k: jax.Array,
+    c1: jax.Array,
+    c0: jax.Array,
+) -> jax.Array:
+    """`_sums.input_cotangent` of δ = x − mean, in the dtype of `x`."""
+    operands = dy, x, mean, weights, k, c1, c0
+    return _operation(chosen, _xla_input_cotangent, _input_cotangent)(*operands)[0]
+
+
 def _operation(chosen: Chosen, xla: Callable, native: Callable) -> Operation:
     axes = chosen.feature_axes
     return Operation(_Form(xla, axes), _Form(native, axes), CPU, chosen.demanded)
@@ -135,15 +150,31 @@ def _central_sums(axes: FeatureAxes, x, center, weights, known: FirstPass | None
 
 
 def _xla_cotangent_sums(axes: FeatureAxes, dy, x, mean, weights):
-    mean = _axes.expand(mean, axes, x.ndim)
-    dy, x = _dtypes.widen(dy), _dtypes.widen(x)
-    if weights is not None:
-        x = jnp.where(_sums.hidden(x, weights), mean, x)
-    return _sums.cotangent_sums(dy, x - mean, axes)
+    return _sums.cotangent_sums(_dtypes.widen(dy), _delta(axes, x, mean, weights), axes)
 
 
 def _cotangent_sums(axes: FeatureAxes, dy, x, mean, weights):
     return _over_devices(_local_cotangent_sums, axes, x, weights, dy, mean)
+
+
+def _xla_input_cotangent(axes: FeatureAxes, dy, x, mean, weights, *vectors):
+    delta = _delta(axes, x, mean, weights)
+    dx = _sums.input_cotangent(_dtypes.widen(dy), delta, *vectors, weights, axes)
+    return (dx.astype(x.dtype),)
+
+
+def _input_cotangent(axes: FeatureAxes, dy, x, mean, weights, *vectors):
+    rest = dy, mean, *vectors
+    out = (_spread.X,)
+    return _over_devices(_local_input_cotangent, axes, x, weights, *rest, out=out)
+
+
+def _delta(axes: FeatureAxes, x, mean, weights):
+    """x − mean, and 0 where x is hidden."""
+    x, mean = _dtypes.widen(x), _axes.expand(mean, axes, x.ndim)
+    if weights is not None:
+        x = jnp.where(_sums.hidden(x, weights), mean, x)
+    return x - mean
 
 
 def _obstacle(x, feature_axes: FeatureAxes, weights, dtypes) -> str | None:
@@ -179,7 +210,9 @@ def _missing() -> str | None:
     return None
 
 
-def _over_devices(f: Callable, axes: FeatureAxes, x, weights, *rest) -> tuple:
+def _over_devices(
+    f: Callable, axes: FeatureAxes, x, weights, *rest, out=(_spread.VECTOR,) * 2
+) -> tuple:
     """One of the functions below, of whatever part of `x` each device has."""
     roles = [_spread.X if a.ndim == x.ndim else _spread.VECTOR for a in rest]
     operands = [x, *rest]
@@ -188,7 +221,7 @@ def _over_devices(f: Callable, axes: FeatureAxes, x, weights, *rest) -> tuple:
         operands.append(jnp.broadcast_to(weights, shape).astype(jnp.float32))
         roles.append(_spread.WEIGHTS)
     local = _Local(f, axes, weights is not None)
-    return tuple(_spread.spread(local, (_spread.X, *roles), axes)(*operands))
+    return tuple(_spread.spread(local, (_spread.X, *roles), out, axes)(*operands))
 
 
 class _Local(NamedTuple):
@@ -225,6 +258,11 @@ def _local_cotangent_sums(names, axes: FeatureAxes, x, weights, dy, mean):
     kernel = importlib.import_module("jaxbn_cpu").cotangents
     sums = kernel(dy, x, mean, weights, feature_axes=axes)
     return _mesh.all_sum(sums, names) if names else sums
+
+
+def _local_input_cotangent(names, axes: FeatureAxes, x, weights, dy, mean, *vectors):
+    kernel = importlib.import_module("jaxbn_cpu").input_cotangent
+    return (kernel(dy, x, mean, *vectors, weights, feature_axes=axes),)
 
 
 def _about(center, n, mean, squares):

@@ -134,22 +134,22 @@ def _vjp_form_bwd(static: Static, residuals, c):
     else:
         summed = wide + expand(-given.mean)
         local = _sums.cotangent_sums(wide_c, summed, static.feature_axes)
-    delta = wide - expand(given.mean)
-    vectors = scale, bias, inv, k
-    dx, dscale, dbias = pull_back(static, wide_c, delta, local, *vectors, given)
-    return as_cotangent(dx, x), dscale, dbias, None
+    c1, c0, *cotangents = pull_back(static, local, wide, scale, bias, inv, k, given)
+    if static.kernels:
+        dx = _kernels.input_cotangent(static.kernels, *operands, k, c1, c0)
+    else:
+        delta = wide - expand(given.mean)
+        elements = wide_c, delta, k, c1, c0, given.weights
+        dx = _sums.input_cotangent(*elements, static.feature_axes)
+    return as_cotangent(dx, x), *cotangents, None
 
 
-def pull_back(static: Static, c, delta, local, scale, bias, inv, k, given: Given):
-    """Cotangents of x (still wide), scale and bias from that of y.
-
-    `local` are this device's Σc and Σc·δ, their δ spelled in another way than `delta`
-    for XLA's sake (see `_sums`).
-    """
-    expand = partial(_axes.expand, feature_axes=static.feature_axes, ndim=c.ndim)
+def pull_back(static: Static, local, x, scale, bias, inv, k, given: Given):
+    """From the sums Σc and Σc·δ over this device's part, with the cotangent c of y:
+    c1 and c0 of `_sums.input_cotangent`, and the cotangents of scale and bias."""
     n = _sums.divisor(given.count)
     over = static.axis_name, static.axis_index_groups
-    if _mesh.same_on_all(k, delta, static.axis_name):
+    if _mesh.same_on_all(k, x, static.axis_name):
         total = _mesh.all_sum(local, *over)
         sum_kc, sum_kc_delta = k * total[0], (k * total[1]).real
     else:  # Scale may differ between the devices: k is summed with c.
@@ -157,8 +157,6 @@ def pull_back(static: Static, c, delta, local, scale, bias, inv, k, given: Given
         sum_kc, sum_kc_delta, *total = _mesh.all_sum((*with_k, *local), *over)
     c0 = -sum_kc / n
     c1 = -jnp.square(inv) * sum_kc_delta / n
-    through_moments = delta.conj() * expand(c1) + expand(c0)
-    dx = c * expand(k) + _sums.times(through_moments, given.weights)
 
     def vector(operand, here, everywhere):
         if operand is None:
@@ -167,7 +165,7 @@ def pull_back(static: Static, c, delta, local, scale, bias, inv, k, given: Given
         return as_cotangent(ct, operand)
 
     dscale = vector(scale, local[1] * inv, total[1] * inv)
-    return dx, dscale, vector(bias, local[0], total[0])
+    return c1, c0, dscale, vector(bias, local[0], total[0])
 
 
 vjp_form.defvjp(_vjp_form_fwd, _vjp_form_bwd)

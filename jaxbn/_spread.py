@@ -1,8 +1,9 @@
 """A call that XLA's partitioner cannot see into, run on each device's part of `x`.
 
 Left alone, such a call is given whole arrays: the partitioner gathers them. What is
-called here, `f(names, *operands)`, reduces `x` to two feature vectors: over the part of
-it that is at hand, and over the axes of the mesh that are in `names`.
+called here, `f(names, *operands)`, makes arrays like `x` of the part of it that is at
+hand, or feature vectors: sums over that part, and over the axes of the mesh that are in
+`names`.
 """
 
 import functools
@@ -17,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxbn import _axes, _mesh
 
-# What an operand is laid out like: `x`, a feature vector, or weights, which are like
+# What an operand or a result is laid out like: `x`, a feature vector, or weights, which are like
 # `x` with feature axes of length 1. The first operand is `x`.
 X, VECTOR, WEIGHTS = "x", "vector", "weights"
 
@@ -28,20 +29,24 @@ def is_possible(x: jax.Array) -> bool:
     return len(_axis_types(x)) < 2
 
 
-def spread(f: Callable, roles: tuple, feature_axes: tuple[int, ...]) -> Callable:
+def spread(
+    f: Callable, roles: tuple, results: tuple, feature_axes: tuple[int, ...]
+) -> Callable:
     """`f((), *operands)` for operands that are spread over devices, in any way.
 
-    `f` must be hashable; `roles` says what each operand is laid out like.
+    `f` must be hashable; `roles` and `results` say what each operand and each result is
+    laid out like.
     """
+    layout = roles, results, feature_axes
 
     def call(x, *operands):
         kinds = _axis_types(x)
         if AxisType.Manual in kinds:  # Each device has its part already.
             out = f((), x, *operands)
-            return [_mesh.vary_like(vector, x, *operands) for vector in out]
+            return [_mesh.vary_like(array, x, *operands) for array in out]
         if AxisType.Explicit in kinds:
-            return _by_type(f, roles, feature_axes, x, *operands)
-        return _partitioned(f, roles, feature_axes, x.ndim)(x, *operands)
+            return _by_type(f, *layout, x, *operands)
+        return _partitioned(f, *layout, x.ndim)(x, *operands)
 
     return call
 
@@ -57,7 +62,13 @@ def _axis_types(x: jax.Array) -> set[AxisType]:
     return {*around.axis_types, *_mesh_of(x).axis_types}
 
 
-def _by_type(f: Callable, roles: tuple, feature_axes: tuple[int, ...], *operands):
+def _by_type(
+    f: Callable,
+    roles: tuple,
+    results: tuple,
+    feature_axes: tuple[int, ...],
+    *operands,
+):
     """On a mesh of explicit axes, the type of `x` says how it is spread."""
     mesh, spec = _mesh_of(operands[0]), jax.typeof(operands[0]).sharding.spec
     spec = _padded(spec, operands[0].ndim)
@@ -67,39 +78,49 @@ def _by_type(f: Callable, roles: tuple, feature_axes: tuple[int, ...], *operands
         for operand, own in zip(operands, specs, strict=True)
     ]
     local = functools.partial(f, _reduced_names(spec, feature_axes))
-    out = _spec(spec, VECTOR, feature_axes)
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(out, out))(
-        *placed
-    )
+    out = tuple(_spec(spec, role, feature_axes) for role in results)
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out)(*placed)
 
 
 @functools.cache
-def _partitioned(f: Callable, roles: tuple, feature_axes: tuple[int, ...], ndim: int):
+def _partitioned(
+    f: Callable,
+    roles: tuple,
+    results: tuple,
+    feature_axes: tuple[int, ...],
+    ndim: int,
+):
     """On a mesh of automatic axes, the partitioner asks once it knows."""
 
-    def partition(mesh, operands, results):
+    def partition(mesh, operands, _):
         spec = _dividing(operands[0], mesh)
-        places = {r: NamedSharding(mesh, _spec(spec, r, feature_axes)) for r in roles}
-        out = NamedSharding(mesh, _spec(spec, VECTOR, feature_axes))
         local = functools.partial(f, _reduced_names(spec, feature_axes))
-        return mesh, local, (out, out), tuple(places[role] for role in roles)
+
+        def places(roles):
+            specs = (_spec(spec, role, feature_axes) for role in roles)
+            return tuple(NamedSharding(mesh, spec) for spec in specs)
+
+        return mesh, local, places(results), places(roles)
 
     @custom_partitioning
     def whole(*operands):
         return f((), *operands)
 
-    rule = _rule(roles, feature_axes, ndim)
+    rule = _rule(roles, results, feature_axes, ndim)
     whole.def_partition(partition, sharding_rule=rule)
     return whole
 
 
-def _rule(roles: tuple, feature_axes: tuple[int, ...], ndim: int) -> str:
+def _rule(
+    roles: tuple, results: tuple, feature_axes: tuple[int, ...], ndim: int
+) -> str:
     """Which axes go together, for Shardy: "a b, b -> b, b" is channels last."""
     letters = string.ascii_lowercase[:ndim]
     vector = " ".join(letters[axis] for axis in feature_axes)
     ones = (f"one{i}" if i in feature_axes else a for i, a in enumerate(letters))
     spelled = {X: " ".join(letters), VECTOR: vector, WEIGHTS: " ".join(ones)}
-    return f"{', '.join(spelled[role] for role in roles)} -> {vector}, {vector}"
+    before, after = (", ".join(spelled[r] for r in rs) for rs in (roles, results))
+    return f"{before} -> {after}"
 
 
 def _dividing(operand, mesh) -> tuple:

@@ -3,6 +3,8 @@
     forward    n = Σw,  Σwδ,  Σw|δ|²    with δ = x − center
     backward   Σdy,  Σdy·δ              with δ = x − mean
 
+and what the backward sums are for, `input_cotangent`.
+
 Weights come as `_axes.weights_like` returns them. Where a weight is 0, `x` is replaced
 before any arithmetic, so that NaN and Inf there reach nothing.
 
@@ -72,6 +74,21 @@ def cotangent_sums(
     """Σdy and Σdy·δ."""
     reduced = _axes.others(feature_axes, dy.ndim)
     return jnp.sum(dy, reduced), jnp.sum(dy * delta, reduced)
+
+
+def input_cotangent(
+    dy: jax.Array,
+    delta: jax.Array,
+    k: jax.Array,
+    c1: jax.Array,
+    c0: jax.Array,
+    weights: jax.Array | None,
+    feature_axes: FeatureAxes,
+) -> jax.Array:
+    """k·dy + w·(c1·δ* + c0): directly, and through the moments."""
+    k, c1, c0 = (_axes.expand(v, feature_axes, dy.ndim) for v in (k, c1, c0))
+    through_moments = delta.conj() * c1 + c0
+    return dy * k + times(through_moments, weights)
 
 
 def divisor(count: jax.Array) -> jax.Array:

@@ -1,11 +1,12 @@
 // The kernels as calls of XLA's foreign function interface.
 //
-//   jaxbn_moments     x, weights -> mean, squares
-//   jaxbn_cotangents  dy, x, weights, mean -> first, second
+//   jaxbn_moments          x, weights -> mean, squares
+//   jaxbn_cotangents       dy, x, weights, mean -> first, second
+//   jaxbn_input_cotangent  dy, x, weights, mean, k, c1, c0 -> dx
 //
 // x and dy have (outer, channels, inner) elements, weights (outer, inner) or none, and the
-// vectors (channels), in any number of axes. x and dy are float32 or bfloat16, all else
-// float32.
+// vectors (channels), in any number of axes. x and dy are float32 or bfloat16, dx is as x,
+// all else float32.
 
 #include "batch_norm.h"
 #include "xla/ffi/api/ffi.h"
@@ -63,6 +64,22 @@ ffi::Error cotangents(ffi::ThreadPool pool, ffi::AnyBuffer dy, ffi::AnyBuffer x,
   });
 }
 
+ffi::Error input_cotangent(ffi::ThreadPool pool, ffi::AnyBuffer dy, ffi::AnyBuffer x,
+                           Floats weights, Floats mean, Floats k, Floats c1, Floats c0,
+                           ffi::Result<ffi::AnyBuffer> dx, int64_t channels,
+                           int64_t inner) {
+  const jaxbn::Shape shape = shape_of(x, channels, inner);
+  const float* vectors[] = {mean.typed_data(), k.typed_data(), c1.typed_data(),
+                            c0.typed_data()};
+  return with_type(x, [&](auto* x_data) {
+    return with_type(dy, [&](const auto* dy_data) {
+      jaxbn::input_cotangent(dy_data, x_data, data_or_null(weights), vectors, shape,
+                             static_cast<decltype(x_data)>(dx->untyped_data()), pool);
+      return ffi::Error::Success();
+    });
+  });
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxbn_moments, moments,
@@ -84,5 +101,19 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxbn_cotangents, cotangents,
                                   .Arg<Floats>()
                                   .Ret<Floats>()
                                   .Ret<Floats>()
+                                  .Attr<int64_t>("channels")
+                                  .Attr<int64_t>("inner"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxbn_input_cotangent, input_cotangent,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Ret<ffi::AnyBuffer>()
                                   .Attr<int64_t>("channels")
                                   .Attr<int64_t>("inner"));

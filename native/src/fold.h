@@ -12,38 +12,40 @@
 namespace jaxbn {
 
 // Which channel each lane of a row is of. Narrow rows are taken several at a time, as one
-// row of two pages of memory: eight of those that are read together are then eight
-// streams to the processor, which fetches ahead in each. Nearer to each other they are
-// none (three times slower at 64 channels).
+// row of about `least` lanes; after `unit()` lanes the channels come again.
 template <bool split>
 class Fold {
  public:
-  explicit Fold(int64_t channels, bool folded = true) {
+  Fold(int64_t channels, int64_t least) {
     const int64_t whole = kStep / std::gcd(channels, kStep);
-    const int64_t most = split ? 4096 : 2048;
-    if (folded && channels * whole <= most) rows_ = most / (channels * whole) * whole;
-    channel_.resize(channels * rows_);
-    for (int64_t i = 0, channel = 0; i < width(); ++i) {
-      channel_[lane_of<split>(i, width())] = channel;
+    const bool folded = channels * whole <= least;
+    rows_ = folded ? least / (channels * whole) * whole : 1;
+    channel_.resize(folded ? channels * whole : channels);
+    for (int64_t i = 0, channel = 0; i < unit(); ++i) {
+      channel_[lane_of<split>(i, unit())] = channel;
       if (++channel == channels) channel = 0;
     }
+    width_ = folded ? rows_ / whole * unit() : channels;
   }
 
   // How many of the array's rows are one.
   int64_t rows() const { return rows_; }
-  int64_t width() const { return channel_.size(); }
+  int64_t width() const { return width_; }
+  int64_t unit() const { return channel_.size(); }
 
+  // Of a lane of the first unit.
   int64_t channel(int64_t lane) const { return channel_[lane]; }
 
   // A number for each channel, as one for each lane.
-  std::vector<float> spread(const float* values) const {
-    std::vector<float> lanes(width());
-    for (int64_t lane = 0; lane < width(); ++lane) lanes[lane] = values[channel_[lane]];
-    return lanes;
+  void spread(const float* values, float* lanes) const {
+    for (int64_t lane = 0; lane < unit(); ++lane) lanes[lane] = values[channel_[lane]];
+    for (int64_t at = unit(); at < width(); at += unit()) {
+      std::copy(lanes, lanes + unit(), lanes + at);
+    }
   }
 
  private:
-  int64_t rows_ = 1;
+  int64_t rows_, width_;
   std::vector<int64_t> channel_;
 };
 

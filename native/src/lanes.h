@@ -22,12 +22,12 @@
 
 namespace jaxbn {
 
-constexpr int64_t kWidth = 8;             // Floats in a vector.
+constexpr int64_t kWidth = 16;           // Floats in a vector.
 constexpr int64_t kStep = 2 * kWidth;     // Elements that are taken at once.
 
-typedef float Floats __attribute__((vector_size(32), aligned(4)));
-typedef uint32_t Words __attribute__((vector_size(32), aligned(4)));
-typedef uint16_t Halves __attribute__((vector_size(16), aligned(2)));
+typedef float Floats __attribute__((vector_size(64), aligned(4)));
+typedef uint32_t Words __attribute__((vector_size(64), aligned(4)));
+typedef uint16_t Halves __attribute__((vector_size(32), aligned(2)));
 
 // A bfloat16 is the upper half of a float32.
 struct BFloat16 {
@@ -54,6 +54,23 @@ JAXBN_INLINE void store(float* p, Floats v) { std::memcpy(p, &v, sizeof(v)); }
 JAXBN_INLINE float widen(float x) { return x; }
 JAXBN_INLINE float widen(BFloat16 x) {
   return as<float>(static_cast<uint32_t>(x.bits) << 16);
+}
+
+// The nearest bfloat16, and of two the even one, in the upper half of each word. Of what
+// arithmetic makes of NaN, the quiet bit is set: it stays NaN unless the sum overflows
+// into the sign.
+JAXBN_INLINE Words rounded(Floats v) {
+  const Words bits = as<Words>(v), up = bits + 0x7fffu + (bits >> 16 & 1u);
+  return up | (((up ^ bits) >> 31) * 0x7fc00000u);
+}
+
+template <class X>
+JAXBN_INLINE X narrow(float v) {
+  if constexpr (std::is_same_v<X, float>) {
+    return v;
+  } else {
+    return {static_cast<uint16_t>(rounded(Floats{} + v)[0] >> 16)};
+  }
 }
 
 // Whether the lanes of these types are split: two bfloat16 in each word.

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
@@ -14,6 +15,8 @@ namespace jaxbn {
 // Runs f(0), ..., f(parts - 1) on the threads of a pool and on this one, and returns when
 // all are done. This thread is often one of the pool's own: it takes parts as the others
 // do, and never waits for one that nobody has begun, so that a busy pool is no deadlock.
+// With it, no more threads than the pool has: one too many would wait for a core with a
+// part begun.
 template <class Pool, class F>
 void parallel_for(Pool& pool, int64_t parts, F f) {
   struct State {
@@ -36,7 +39,8 @@ void parallel_for(Pool& pool, int64_t parts, F f) {
   };
 
   auto state = std::make_shared<State>(std::move(f), parts);
-  for (int64_t i = 1; i < parts; ++i) pool.Schedule([state] { state->run(); });
+  const int64_t threads = std::min<int64_t>(parts, pool.num_threads());
+  for (int64_t i = 1; i < threads; ++i) pool.Schedule([state] { state->run(); });
   state->run();
   std::unique_lock<std::mutex> lock(state->mutex);
   state->all_done.wait(lock, [&] { return state->done == parts; });

@@ -243,6 +243,24 @@ JAXBN_INLINE Sums slab_of_cotangents(const DY* dy, const X* x, const float* weig
     return slab_of_cotangents(dy, x, weights, size, center);                          \
   }
 
+JAXBN_CLONES void add_units(const float* lanes, int64_t width, int64_t unit,
+                            double* __restrict sums) {
+  for (int64_t at = 0; at < width; at += unit) {
+    for (int64_t i = 0; i < unit; ++i) sums[i] += lanes[at + i];
+  }
+}
+
+JAXBN_CLONES bool is_far(Pooling pooling, const double* first, const double* second,
+                         const double* squares) {
+  const double each = 1 / pooling.k;
+  int64_t far = 0;
+  for (int64_t c = 0; c < pooling.channels; ++c) {
+    const double between = first[c] * first[c] * each, within = second[c] - between;
+    far += between > 4 * ((within > 0 ? within : 0) + squares[c]);
+  }
+  return far > 0;
+}
+
 JAXBN_CLONES void pool_block(Pooling pooling, const double* __restrict first,
                              const double* __restrict second, double* __restrict mean,
                              double* __restrict squares, float* __restrict center) {
@@ -255,6 +273,18 @@ JAXBN_CLONES void pool_block(Pooling pooling, const double* __restrict first,
     squares[c] += (within > 0 ? within : 0) + delta * delta * between;
     mean[c] += delta * share;
     center[c] = static_cast<float>(mean[c]);
+  }
+}
+
+JAXBN_CLONES void pool_parts(Pooling pooling, const double* __restrict mean_of_block,
+                             const double* __restrict squares_of_block,
+                             double* __restrict mean, double* __restrict squares) {
+  const auto [n, k, channels] = pooling;
+  const double share = k / (n + k), between = n * share;
+  for (int64_t c = 0; c < channels; ++c) {
+    const double delta = mean_of_block[c] - mean[c];
+    squares[c] += squares_of_block[c] + delta * delta * between;
+    mean[c] += delta * share;
   }
 }
 

@@ -33,6 +33,9 @@ template <class DY, class X>
 Sums sum_slab(const DY* dy, const X* x, const float* weights, int64_t size,
               float center);
 
+// Adds up the lanes of as many units as there are in a row.
+void add_units(const float* lanes, int64_t width, int64_t unit, double* sums);
+
 // A block of weight k beside what came before it, of weight n.
 struct Pooling {
   double n, k;
@@ -43,5 +46,14 @@ struct Pooling {
 // makes the new mean the next center.
 void pool_block(Pooling pooling, const double* first, const double* second, double* mean,
                 double* squares, float* center);
+
+// The same with a block whose mean is known.
+void pool_parts(Pooling pooling, const double* mean_of_block,
+                const double* squares_of_block, double* mean, double* squares);
+
+// Whether sums about a center are so far from it, in any channel, that digits of the
+// squares are lost, beside the squares before them.
+bool is_far(Pooling pooling, const double* first, const double* second,
+            const double* squares);
 
 }  // namespace jaxbn

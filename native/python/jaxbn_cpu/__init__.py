@@ -1,4 +1,4 @@
-"""CPU kernels for jaxbn: the two reductions of batch norm, behind XLA's FFI.
+"""CPU kernels for jaxbn: the sums of batch norm, and its backward pass, behind XLA's FFI.
 
 They are for jaxbn, which calls them where they are installed; but they are functions of
 JAX like any other, for programs that run on a CPU. They have no derivative here.
@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 
 _library = ctypes.CDLL(str(pathlib.Path(__file__).with_name("_kernels.so")))
-for _name in ("jaxbn_moments", "jaxbn_cotangents"):
+for _name in ("jaxbn_moments", "jaxbn_cotangents", "jaxbn_input_cotangent"):
     _handler = jax.ffi.pycapsule(getattr(_library, _name))
     jax.ffi.register_ffi_target(_name, _handler, platform="cpu")
 
@@ -105,32 +105,76 @@ def cotangents(
     References:
       Ioffe and Szegedy, "Batch Normalization" (2015), section 3.
     """
-    x, dy = _checked(x, "x"), _checked(dy, "dy")
-    if dy.shape != x.shape:
-        raise ValueError(f"`dy` has shape {dy.shape}, expected {x.shape}, that of `x`.")
+    x, dy = _checked(x, "x"), _checked_dy(dy, x)
     axes = _checked_axes(feature_axes, x)
-    mean, features = jnp.asarray(mean), tuple(x.shape[axis] for axis in axes)
-    if mean.shape != features or mean.dtype != jnp.float32:
-        raise ValueError(
-            f"`mean` is {mean.dtype} of shape {mean.shape}, expected float32 of shape "
-            f"{features}: a number for each feature of `x`."
-        )
-    weights = _checked_weights(weights, axes, x)
+    mean, weights = _checked_vector(mean, "mean", axes, x), _checked_weights(weights, axes, x)
     return _call("jaxbn_cotangents", axes, dy, x, weights, mean)
 
 
-def _call(name: str, axes: tuple[int, ...], x: jax.Array, *rest: jax.Array):
-    """The two vectors that a kernel makes of `x`, and of the rest.
+def input_cotangent(
+    dy: "ArrayLike",
+    x: "ArrayLike",
+    mean: "ArrayLike",
+    k: "ArrayLike",
+    c1: "ArrayLike",
+    c0: "ArrayLike",
+    weights: "ArrayLike | None" = None,
+    *,
+    feature_axes: tuple[int, ...] = (-1,),
+) -> jax.Array:
+    """What batch norm's backward pass makes of each element.
+
+        dx = k·dy + w·(c1·(x − mean) + c0)
+
+    Args:
+      dy: Array of float32 or bfloat16, of the shape of `x`.
+      x: As for `moments`.
+      mean: float32 with the shape of the feature axes.
+      k: Shaped as `mean`: scale / √(var + epsilon).
+      c1: Shaped as `mean`: −k·Σ(dy·(x − mean)) / ((var + epsilon)·n).
+      c0: Shaped as `mean`: −k·Σdy / n.
+      weights: As for `moments`.
+      feature_axes: As for `moments`.
+
+    Returns:
+      `dx`, with the shape and the dtype of `x`, rounded once.
+
+    Raises:
+      TypeError: A dtype is another.
+      ValueError: A shape does not fit, or the feature axes are not next to each other.
+
+    Example:
+      >>> import jaxbn_cpu, jax.numpy as jnp
+      >>> x, one = jnp.array([[1.0, 10.0], [3.0, 30.0]]), jnp.ones(2)
+      >>> jaxbn_cpu.input_cotangent(x, x, mean=one, k=one, c1=2 * one, c0=-one)
+      Array([[ 0., 27.],
+             [ 6., 87.]], dtype=float32)
+
+    References:
+      Ioffe and Szegedy, "Batch Normalization" (2015), section 3.
+    """
+    x, dy = _checked(x, "x"), _checked_dy(dy, x)
+    axes = _checked_axes(feature_axes, x)
+    given = {"mean": mean, "k": k, "c1": c1, "c0": c0}
+    vectors = [_checked_vector(v, name, axes, x) for name, v in given.items()]
+    operands = dy, x, _checked_weights(weights, axes, x), *vectors
+    return _call("jaxbn_input_cotangent", axes, *operands, out=x)
+
+
+def _call(name: str, axes: tuple[int, ...], x: jax.Array, *rest: jax.Array, out=None):
+    """What a kernel makes of `x` and the rest: two vectors, or an array like `out`.
 
     Arrays are handed on in the shape that they have: reshaped for the call, bfloat16
     may be copied, and what computes `x` loops over its elements in another shape.
     """
     first = axes[0] if axes else x.ndim
     features, inner = x.shape[first : first + len(axes)], x.shape[first + len(axes) :]
-    out = jax.ShapeDtypeStruct(features, jnp.float32)
-    call = jax.ffi.ffi_call(name, (out, out), vmap_method="sequential")
+    vector = jax.ShapeDtypeStruct(features, jnp.float32)
+    results = (vector, vector) if out is None else jax.ShapeDtypeStruct(out.shape, out.dtype)
+    call = jax.ffi.ffi_call(name, results, vmap_method="sequential")
     sizes = {"channels": features, "inner": inner}
-    return tuple(call(x, *rest, **{k: np.int64(prod(v)) for k, v in sizes.items()}))
+    made = call(x, *rest, **{k: np.int64(prod(v)) for k, v in sizes.items()})
+    return tuple(made) if out is None else made
 
 
 def _checked(array, name: str) -> jax.Array:
@@ -138,6 +182,23 @@ def _checked(array, name: str) -> jax.Array:
     if array.dtype not in DTYPES:
         raise TypeError(f"`{name}` must be float32 or bfloat16, got {array.dtype}.")
     return array
+
+
+def _checked_dy(dy, x: jax.Array) -> jax.Array:
+    dy = _checked(dy, "dy")
+    if dy.shape != x.shape:
+        raise ValueError(f"`dy` has shape {dy.shape}, expected {x.shape}, that of `x`.")
+    return dy
+
+
+def _checked_vector(vector, name: str, axes: tuple[int, ...], x: jax.Array) -> jax.Array:
+    vector, features = jnp.asarray(vector), tuple(x.shape[axis] for axis in axes)
+    if vector.shape != features or vector.dtype != jnp.float32:
+        raise ValueError(
+            f"`{name}` is {vector.dtype} of shape {vector.shape}, expected float32 of "
+            f"shape {features}: a number for each feature of `x`."
+        )
+    return vector
 
 
 def _checked_axes(feature_axes: tuple[int, ...], x: jax.Array) -> tuple[int, ...]:

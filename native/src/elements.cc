@@ -1,0 +1,174 @@
+#include "elements.h"
+
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
+namespace jaxbn {
+namespace {
+
+// Where the numbers of a channel are: each in its lane, or all the same.
+struct Lanes {
+  const float* vectors;
+  int64_t width;
+
+  JAXBN_INLINE Floats step(int vector, int64_t at) const {
+    return load<Floats>(vectors + vector * width + at);
+  }
+  JAXBN_INLINE float one(int vector, int64_t at) const {
+    return vectors[vector * width + at];
+  }
+};
+
+struct Same {
+  const float* numbers;
+
+  JAXBN_INLINE Floats step(int vector, int64_t) const {
+    return Floats{} + numbers[vector];
+  }
+  JAXBN_INLINE float one(int vector, int64_t) const { return numbers[vector]; }
+};
+
+// What weighs the part of dx that comes through the moments.
+struct Unweighted {
+  template <class V>
+  JAXBN_INLINE V times(V through, int64_t) const {
+    return through;
+  }
+};
+
+struct OneWeight {
+  float weight;
+
+  template <class V>
+  JAXBN_INLINE V times(V through, int64_t) const {
+    return weight != 0 ? through * weight : V{};
+  }
+};
+
+struct EachWeight {
+  const float* weights;
+
+  JAXBN_INLINE float times(float through, int64_t at) const {
+    return OneWeight{weights[at]}.times(through, at);
+  }
+  JAXBN_INLINE Floats times(Floats through, int64_t at) const {
+    const Floats w = load<Floats>(weights + at);
+    return as<Floats>(as<Words>(through * w) & as<Words>(w != 0));
+  }
+};
+
+// To memory, or past the caches by sixteen bytes at a time, which every x86-64 can.
+template <bool kStream, class V>
+JAXBN_INLINE void put(void* p, V v) {
+#ifdef __SSE2__
+  if constexpr (kStream) {
+    __m128i parts[sizeof(V) / sizeof(__m128i)], *to = static_cast<__m128i*>(p);
+    std::memcpy(parts, &v, sizeof(V));
+    for (const __m128i& part : parts) _mm_stream_si128(to++, part);
+    return;
+  }
+#endif
+  std::memcpy(p, &v, sizeof(V));
+}
+
+template <bool split, bool kStream>
+JAXBN_INLINE void store_step(float* p, const Floats* v) {
+  static_assert(!split);
+  put<kStream>(p, v[0]);
+  put<kStream>(p + kWidth, v[1]);
+}
+
+template <bool split, bool kStream>
+JAXBN_INLINE void store_step(BFloat16* p, const Floats* v) {
+  const Words even = rounded(v[0]), odd = rounded(v[1]);
+  if constexpr (split) {
+    put<kStream>(p, even >> 16 | (odd & 0xffff0000u));
+  } else {
+    put<kStream>(p, __builtin_convertvector(even >> 16, Halves));
+    put<kStream>(p + kWidth, __builtin_convertvector(odd >> 16, Halves));
+  }
+}
+
+template <bool split, bool kStream, class DY, class X, class Vectors, class Weights>
+JAXBN_INLINE void apply(const DY* dy, const X* x, Weights weights, int64_t size,
+                        Vectors vectors, X* dx) {
+  int64_t at = 0;
+  for (; at + kStep <= size; at += kStep) {
+    Floats v[2], c[2];
+    load_step<split>(x + at, v);
+    load_step<split>(dy + at, c);
+    for (int i = 0; i < 2; ++i) {
+      const int64_t lane = at + i * kWidth;
+      v[i] = (v[i] - vectors.step(0, lane)) * vectors.step(2, lane);
+      v[i] = weights.times(v[i] + vectors.step(3, lane), lane);
+      v[i] += c[i] * vectors.step(1, lane);
+    }
+    store_step<split, kStream>(dx + at, v);
+  }
+  for (; at < size; ++at) {
+    const float delta = widen(x[at]) - vectors.one(0, at);
+    const float through = delta * vectors.one(2, at) + vectors.one(3, at);
+    const float out = widen(dy[at]) * vectors.one(1, at) + weights.times(through, at);
+    dx[at] = narrow<X>(out);
+  }
+}
+
+// Stores past the caches are seen by other threads after this.
+JAXBN_INLINE void finish_stream() {
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
+}
+
+template <bool kStream, class DY, class X>
+JAXBN_INLINE void rows_of(const DY* dy, const X* x, const float* weights, int64_t rows,
+                          int64_t width, const float* vectors, X* dx) {
+  constexpr bool split = kSplit<DY, X>;
+  const Lanes lanes{vectors, width};
+  for (int64_t r = 0, at = 0; r < rows; ++r, at += width) {
+    if (!weights) {
+      apply<split, kStream>(dy + at, x + at, Unweighted{}, width, lanes, dx + at);
+    } else {
+      apply<split, kStream>(dy + at, x + at, OneWeight{weights[r]}, width, lanes, dx + at);
+    }
+  }
+}
+
+template <bool kStream, class DY, class X>
+JAXBN_INLINE void slab_of(const DY* dy, const X* x, const float* weights, int64_t size,
+                          const float* numbers, X* dx) {
+  if (!weights) {
+    apply<kSplit<DY, X>, kStream>(dy, x, Unweighted{}, size, Same{numbers}, dx);
+  } else {
+    apply<false, kStream>(dy, x, EachWeight{weights}, size, Same{numbers}, dx);
+  }
+}
+
+}  // namespace
+
+// Templates cannot have clones; their instances can.
+#define JAXBN_OF_ELEMENTS(DY, X)                                                      \
+  template <>                                                                         \
+  JAXBN_CLONES void apply_rows(const DY* dy, const X* x, const float* weights,        \
+                               int64_t rows, int64_t width, const float* vectors,     \
+                               bool stream, X* dx) {                                  \
+    if (!stream) return rows_of<false>(dy, x, weights, rows, width, vectors, dx);     \
+    rows_of<true>(dy, x, weights, rows, width, vectors, dx);                          \
+    finish_stream();                                                                  \
+  }                                                                                   \
+  template <>                                                                         \
+  JAXBN_CLONES void apply_slab(const DY* dy, const X* x, const float* weights,        \
+                               int64_t size, const float* numbers, bool stream,       \
+                               X* dx) {                                               \
+    if (!stream) return slab_of<false>(dy, x, weights, size, numbers, dx);            \
+    slab_of<true>(dy, x, weights, size, numbers, dx);                                 \
+    finish_stream();                                                                  \
+  }
+
+JAXBN_OF_ELEMENTS(float, float)
+JAXBN_OF_ELEMENTS(float, BFloat16)
+JAXBN_OF_ELEMENTS(BFloat16, float)
+JAXBN_OF_ELEMENTS(BFloat16, BFloat16)
+
+}  // namespace jaxbn
