@@ -124,7 +124,7 @@ def test_x_is_read_once_forward_and_once_backward():
     step = jax.jit(jax.grad(lambda x: jnp.sum(batch_norm(x, v, v)[0] ** 3)))
     text = step.lower(x).compile().as_text()
     assert calls(text, "moments") == 1
-    assert calls(text, "cotangents") == 1
+    assert calls(text, "cotangents") == calls(text, "input_cotangent") == 1
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -142,7 +142,7 @@ def test_arrays_reach_the_kernels_as_they_are(shape, axis, dtype):
         return y, vjp(dy)
 
     text = jax.jit(step).lower(x, x).compile().as_text()
-    assert calls(text, "cotangents") == 1
+    assert calls(text, "cotangents") == calls(text, "input_cotangent") == 1
     moved = re.findall(r"= \w+\[([\d,]+)\]\S* (?:copy|bitcast|reshape)\(", text)
     sizes = [np.prod([int(n) for n in dims.split(",")]) for dims in moved]
     assert x.size not in sizes, moved
@@ -205,6 +205,7 @@ def test_across_devices(name, shift):
     text = jax.jit(jax.grad(f, has_aux=True)).lower(*args).as_text()
     assert calls(text, "moments") >= 1
     assert calls(text, "cotangents") >= 1
+    assert calls(text, "input_cotangent") >= 1
 
 
 def test_vmap_has_xla_compute():
@@ -260,7 +261,7 @@ def test_on_meshes(name, kind, masked):
     spread.close(got, expected, 2e-4)
     text = compiled.as_text()
     assert calls(text, "moments") in (1, 2)  # XLA may see that they are the same.
-    assert calls(text, "cotangents") == 1
+    assert calls(text, "cotangents") == calls(text, "input_cotangent") == 1
     gathered = re.findall(r"(\w+\[[\d,]*\])\S* all-gather", text)
     assert not [g for g in gathered if g.count(",") == 2], gathered
 
@@ -314,13 +315,13 @@ def test_programs_for_other_platforms_have_no_kernels():
         f = partial(batch_norm, implementation=implementation)
         return jax.grad(lambda x: jnp.sum(f(x, v, v)[0] ** 3))
 
-    assert calls(lowered(grad(None), x, "cpu")) == 2
+    assert calls(lowered(grad(None), x, "cpu")) == 3
     assert calls(lowered(grad(None), x, "cuda")) == 0
     assert calls(lowered(grad("xla"), x, "cpu")) == 0
     with pytest.raises(NotImplementedError, match=r"another platform \(cuda\)"):
         lowered(grad("cpu"), x, "cuda")
     both = lowered(grad(None), x, "cpu", "cuda")  # Chosen when it is run.
-    assert calls(both) == 2
+    assert calls(both) == 3
     assert "case" in both
 
 
@@ -367,7 +368,7 @@ def test_output_of_another_dtype_is_left_to_xla():
 
 @pytest.mark.parametrize("kind", ["linen", "nnx", "standard"])
 @pytest.mark.parametrize(
-    ("implementation", "used"), [(None, 2), ("cpu", 2), ("xla", 0)]
+    ("implementation", "used"), [(None, 3), ("cpu", 3), ("xla", 0)]
 )
 def test_layers_and_modules(kind, implementation, used):
     x, option = numbers((8, 3), "float32"), {"implementation": implementation}

@@ -1,7 +1,7 @@
 #include "elements.h"
 
 #ifdef __SSE2__
-#include <emmintrin.h>
+#include <xmmintrin.h>
 #endif
 
 namespace jaxbn {
@@ -58,35 +58,34 @@ struct EachWeight {
   }
 };
 
-// To memory, or past the caches by sixteen bytes at a time, which every x86-64 can.
-template <bool kStream, class V>
-JAXBN_INLINE void put(void* p, V v) {
+// Past the caches, sixteen bytes at a time, which every x86-64 can.
+JAXBN_INLINE void stream(float* p, Floats v) {
 #ifdef __SSE2__
-  if constexpr (kStream) {
-    __m128i parts[sizeof(V) / sizeof(__m128i)], *to = static_cast<__m128i*>(p);
-    std::memcpy(parts, &v, sizeof(V));
-    for (const __m128i& part : parts) _mm_stream_si128(to++, part);
-    return;
-  }
+  __m128 parts[kWidth / 4];
+  std::memcpy(parts, &v, sizeof(v));
+  for (int i = 0; i < kWidth / 4; ++i) _mm_stream_ps(p + 4 * i, parts[i]);
+#else
+  store(p, v);
 #endif
-  std::memcpy(p, &v, sizeof(V));
 }
 
 template <bool split, bool kStream>
 JAXBN_INLINE void store_step(float* p, const Floats* v) {
   static_assert(!split);
-  put<kStream>(p, v[0]);
-  put<kStream>(p + kWidth, v[1]);
+  for (int i = 0; i < 2; ++i, p += kWidth) kStream ? stream(p, v[i]) : store(p, v[i]);
 }
 
 template <bool split, bool kStream>
 JAXBN_INLINE void store_step(BFloat16* p, const Floats* v) {
-  const Words even = rounded(v[0]), odd = rounded(v[1]);
+  static_assert(!kStream);
+  const Words even = rounded(as<Words>(v[0])), odd = rounded(as<Words>(v[1]));
   if constexpr (split) {
-    put<kStream>(p, even >> 16 | (odd & 0xffff0000u));
+    const Words both = even >> 16 | (odd & 0xffff0000u);
+    std::memcpy(p, &both, sizeof(both));
   } else {
-    put<kStream>(p, __builtin_convertvector(even >> 16, Halves));
-    put<kStream>(p + kWidth, __builtin_convertvector(odd >> 16, Halves));
+    const Halves halves[] = {__builtin_convertvector(even >> 16, Halves),
+                             __builtin_convertvector(odd >> 16, Halves)};
+    std::memcpy(p, halves, sizeof(halves));
   }
 }
 
@@ -133,6 +132,7 @@ JAXBN_INLINE void rows_of(const DY* dy, const X* x, const float* weights, int64_
       apply<split, kStream>(dy + at, x + at, OneWeight{weights[r]}, width, lanes, dx + at);
     }
   }
+  if (kStream) finish_stream();
 }
 
 template <bool kStream, class DY, class X>
@@ -143,32 +143,37 @@ JAXBN_INLINE void slab_of(const DY* dy, const X* x, const float* weights, int64_
   } else {
     apply<false, kStream>(dy, x, EachWeight{weights}, size, Same{numbers}, dx);
   }
+  if (kStream) finish_stream();
 }
 
 }  // namespace
 
 // Templates cannot have clones; their instances can.
-#define JAXBN_OF_ELEMENTS(DY, X)                                                      \
+#define JAXBN_OF_ELEMENTS(DY, X, STREAM)                                              \
   template <>                                                                         \
   JAXBN_CLONES void apply_rows(const DY* dy, const X* x, const float* weights,        \
                                int64_t rows, int64_t width, const float* vectors,     \
                                bool stream, X* dx) {                                  \
-    if (!stream) return rows_of<false>(dy, x, weights, rows, width, vectors, dx);     \
-    rows_of<true>(dy, x, weights, rows, width, vectors, dx);                          \
-    finish_stream();                                                                  \
+    if (STREAM && stream) {                                                           \
+      rows_of<STREAM>(dy, x, weights, rows, width, vectors, dx);                      \
+    } else {                                                                          \
+      rows_of<false>(dy, x, weights, rows, width, vectors, dx);                       \
+    }                                                                                 \
   }                                                                                   \
   template <>                                                                         \
   JAXBN_CLONES void apply_slab(const DY* dy, const X* x, const float* weights,        \
                                int64_t size, const float* numbers, bool stream,       \
                                X* dx) {                                               \
-    if (!stream) return slab_of<false>(dy, x, weights, size, numbers, dx);            \
-    slab_of<true>(dy, x, weights, size, numbers, dx);                                 \
-    finish_stream();                                                                  \
+    if (STREAM && stream) {                                                           \
+      slab_of<STREAM>(dy, x, weights, size, numbers, dx);                             \
+    } else {                                                                          \
+      slab_of<false>(dy, x, weights, size, numbers, dx);                              \
+    }                                                                                 \
   }
 
-JAXBN_OF_ELEMENTS(float, float)
-JAXBN_OF_ELEMENTS(float, BFloat16)
-JAXBN_OF_ELEMENTS(BFloat16, float)
-JAXBN_OF_ELEMENTS(BFloat16, BFloat16)
+JAXBN_OF_ELEMENTS(float, float, true)
+JAXBN_OF_ELEMENTS(BFloat16, float, true)
+JAXBN_OF_ELEMENTS(float, BFloat16, false)
+JAXBN_OF_ELEMENTS(BFloat16, BFloat16, false)
 
 }  // namespace jaxbn

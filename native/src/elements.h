@@ -3,7 +3,8 @@
 //   dx = k·dy + w·(c1·(x - mean) + c0)
 //
 // and k·dy alone where the weight is 0, whatever x is there. With `stream`, dx is written
-// past the caches: it must then begin, as rows must, at a multiple of sixteen bytes.
+// past the caches: it is then of float32 and begins, as rows do, at a multiple of sixteen
+// bytes.
 
 #pragma once
 

@@ -8,7 +8,9 @@
 // vectors (channels), in any number of axes. x and dy are float32 or bfloat16, dx is as x,
 // all else float32.
 
-#include "batch_norm.h"
+#include "cotangents.h"
+#include "input_cotangent.h"
+#include "moments.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;

@@ -1,4 +1,4 @@
-// Sixteen numbers at a time, as two vectors of floats, from float32 and bfloat16.
+// Thirty-two numbers at a time, as two vectors of floats, from float32 and bfloat16.
 //
 // The types are GCC's and Clang's vector extension: the compiler makes of them what the
 // machine has, AVX-512, AVX2 or less, chosen at run time (JAXBN_CLONES).
@@ -22,8 +22,8 @@
 
 namespace jaxbn {
 
-constexpr int64_t kWidth = 16;           // Floats in a vector.
-constexpr int64_t kStep = 2 * kWidth;     // Elements that are taken at once.
+constexpr int64_t kWidth = 16;         // Floats in a vector.
+constexpr int64_t kStep = 2 * kWidth;  // Elements that are taken at once.
 
 typedef float Floats __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t Words __attribute__((vector_size(64), aligned(4)));
@@ -56,20 +56,21 @@ JAXBN_INLINE float widen(BFloat16 x) {
   return as<float>(static_cast<uint32_t>(x.bits) << 16);
 }
 
-// The nearest bfloat16, and of two the even one, in the upper half of each word. Of what
-// arithmetic makes of NaN, the quiet bit is set: it stays NaN unless the sum overflows
-// into the sign.
-JAXBN_INLINE Words rounded(Floats v) {
-  const Words bits = as<Words>(v), up = bits + 0x7fffu + (bits >> 16 & 1u);
+// The bits of a float, or of several, rounded to those of the nearest bfloat16, and of two
+// to the even one, in the upper half of each word. What arithmetic makes of NaN has the
+// quiet bit: it stays NaN unless the sum overflows into the sign.
+template <class Bits>
+JAXBN_INLINE Bits rounded(Bits bits) {
+  const Bits up = bits + 0x7fffu + (bits >> 16 & 1u);
   return up | (((up ^ bits) >> 31) * 0x7fc00000u);
 }
 
 template <class X>
-JAXBN_INLINE X narrow(float v) {
+JAXBN_INLINE X narrow(float x) {
   if constexpr (std::is_same_v<X, float>) {
-    return v;
+    return x;
   } else {
-    return {static_cast<uint16_t>(rounded(Floats{} + v)[0] >> 16)};
+    return {static_cast<uint16_t>(rounded(as<uint32_t>(x)) >> 16)};
   }
 }
 

@@ -9,7 +9,9 @@
 #include <thread>
 #include <vector>
 
-#include "batch_norm.h"
+#include "cotangents.h"
+#include "input_cotangent.h"
+#include "moments.h"
 
 namespace {
 
@@ -27,7 +29,7 @@ int failures = 0;
 
 void require_close(double got, double expected, double scale, double tolerance,
                    const char* what, jaxbn::Shape s) {
-  if (std::abs(got - expected) <= tolerance * scale) return;
+  if (std::abs(got - expected) <= tolerance * scale) return;  // Not if it is NaN.
   std::printf("%s of (%ld, %ld, %ld): got %.9g, expected %.9g\n", what, (long)s.outer,
               (long)s.channels, (long)s.inner, got, expected);
   ++failures;
@@ -73,27 +75,40 @@ void check(jaxbn::Shape s, bool weighted, int threads, double far) {
   jaxbn::cotangents(dy.data(), x.data(), weights, mean.data(), s, first.data(),
                     second.data(), pool);
 
+  const auto k = numbers<float>(s.channels, 0, 1), c1 = numbers<float>(s.channels, 0, 1);
+  const auto c0 = numbers<float>(s.channels, 0, 1);
+  const float* vectors[] = {mean.data(), k.data(), c1.data(), c0.data()};
+  auto dx = numbers<X>(size, 0, 1);
+  jaxbn::input_cotangent(dy.data(), x.data(), weights, vectors, s, dx.data(), pool);
+
   for (int64_t c = 0; c < s.channels; ++c) {
     double n = 0, sum = 0, square = 0, sum_dy = 0, product = 0, size_dy = 1e-30;
     auto each = [&](auto f) {
       for (int64_t a = 0; a < s.outer; ++a) {
         for (int64_t b = 0; b < s.inner; ++b) {
           int64_t i = (a * s.channels + c) * s.inner + b;
-          f(jaxbn::widen(x[i]), jaxbn::widen(dy[i]), weights ? w[a * s.inner + b] : 1);
+          f(jaxbn::widen(x[i]), jaxbn::widen(dy[i]), weights ? w[a * s.inner + b] : 1, i);
         }
       }
     };
-    each([&](double v, double, double k) {
+    each([&](double v, double, double k, int64_t) {
       n += k;
       if (k) sum += k * v;
     });
     double truth = n ? sum / n : 0;
-    each([&](double v, double d, double k) {
+    each([&](double v, double d, double k, int64_t) {
       if (k) square += k * (v - truth) * (v - truth);
       double delta = k || std::isfinite(v) ? v - mean[c] : 0;
       sum_dy += d;
       product += d * delta;
       size_dy += std::abs(d) * (1 + std::abs(delta));
+    });
+    const double narrow = sizeof(X) == 2 ? 4e-3 : 0;
+    each([&](double v, double d, double w, int64_t i) {
+      double direct = k[c] * d, by_mean = w ? w * c1[c] * (v - mean[c]) : 0;
+      double rest = w ? w * c0[c] : 0, all = direct + by_mean + rest;
+      double tolerance = 4e-7 * (std::abs(direct) + std::abs(by_mean) + std::abs(rest));
+      require_close(jaxbn::widen(dx[i]), all, 1, tolerance + narrow * std::abs(all), "dx", s);
     });
     require_close(mean[c], truth, std::abs(truth) + 1, 4e-7, "mean", s);
     require_close(squares[c], square, square + 1e-30, 2e-6, "squares", s);

@@ -26,6 +26,7 @@ DTYPES = ["float32", "bfloat16"]
 
 moments = partial(jaxbn_cpu.moments, feature_axes=(1,))
 cotangents = partial(jaxbn_cpu.cotangents, feature_axes=(1,))
+input_cotangent = partial(jaxbn_cpu.input_cotangent, feature_axes=(1,))
 
 
 def numbers(shape, dtype, seed=0, mean=1.0):
@@ -69,6 +70,38 @@ def test_cotangents(shape, dtypes):
     np.testing.assert_allclose(got[1], product, 1e-5, 1e-5 * size)
 
 
+# Of the large ones, rows or slabs are of a length that goes past the caches, or not.
+@pytest.mark.parametrize("shape", [*SHAPES, (4096, 320, 1), (4, 5, 65536), (3, 2, 200001)])
+@pytest.mark.parametrize("dtypes", [(d, x) for d in DTYPES for x in DTYPES], ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_input_cotangent(shape, dtypes, weighted):
+    dy, x = numbers(shape, dtypes[0], 2), numbers(shape, dtypes[1])
+    vectors = [numbers(shape[1:2], "float32", seed) for seed in range(3, 7)]
+    w = None
+    if weighted:
+        each = shape[0], 1, shape[2]
+        w = np.random.default_rng(1).integers(0, 3, size=each).astype(np.float32)
+        x = jnp.where(w > 0, x, jnp.nan)
+    got = jax.jit(input_cotangent)(dy, x, *vectors, w)
+    assert got.dtype == x.dtype
+    mean, k, c1, c0 = (wide(v)[:, None] for v in vectors)
+    known = np.nan_to_num(wide(x))
+    through = (1.0 if w is None else w) * (c1 * (known - mean) + c0)
+    truth = k * wide(dy) + through
+    rounding = 2.0**-8 if dtypes[1] == "bfloat16" else 1e-6
+    np.testing.assert_allclose(wide(got), truth, rounding, 1e-5)
+
+
+def test_bfloat16_is_rounded_as_jax_rounds():
+    bits = np.arange(2**16, dtype=np.uint32) << 16
+    near = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
+    dy = jnp.asarray((bits[:, None] | near).view(np.float32))
+    zero, x = jnp.zeros(6), jnp.zeros(dy.shape, jnp.bfloat16)
+    got = jaxbn_cpu.input_cotangent(dy, x, zero, zero + 1, zero, zero)
+    expected = (dy * 1).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(wide(got), wide(expected))  # NaN where there is NaN.
+
+
 @pytest.mark.parametrize("mean", [0.0, 1e2, 1e4])
 def test_the_variance_is_exact_without_a_shift(mean):
     x = numbers((20000, 32, 1), "float32", mean=mean)
@@ -99,7 +132,8 @@ def test_runs_are_equal_to_the_bit():
     runs = []
     for _ in range(10):
         mean, squares = moments(x)
-        runs.append([mean, squares, *cotangents(dy, x, mean)])
+        sums = cotangents(dy, x, mean)
+        runs.append([mean, squares, *sums, input_cotangent(dy, x, mean, *sums, mean)])
     for run in runs[1:]:
         for got, expected in zip(run, runs[0], strict=True):
             np.testing.assert_array_equal(got, expected)
@@ -135,6 +169,10 @@ def test_feature_axes(shape, axes):
     np.testing.assert_allclose(first, wide(dy).sum(reduced), 1e-5)
     product = (wide(dy) * (x - truth)).sum(reduced)
     np.testing.assert_allclose(second, product, 1e-5, 1e-4)
+    vectors = mean, mean, first, second
+    dx = jaxbn_cpu.input_cotangent(dy, x, *vectors, feature_axes=axes)
+    _, k, c1, c0 = (np.expand_dims(v, reduced) for v in vectors)
+    np.testing.assert_allclose(dx, k * wide(dy) + c1 * (x - truth) + c0, 1e-4, 1e-3)
 
 
 def test_what_is_refused():
@@ -150,6 +188,8 @@ def test_what_is_refused():
         moments(x, jnp.ones((4, 1, 1), bool))
     with pytest.raises(ValueError, match=r"`mean` is float32 of shape \(4,\), expec"):
         cotangents(x, x, jnp.ones(4))
+    with pytest.raises(ValueError, match=r"`c1` is float16 of shape \(3,\), expected"):
+        input_cotangent(x, x, *[jnp.ones(3)] * 2, jnp.ones(3, jnp.float16), jnp.ones(3))
     with pytest.raises(ValueError, match=r"`dy` has shape \(4, 3\), expected \(4, 3,"):
         cotangents(x[..., 0], x, jnp.ones(3))
 
