@@ -1,9 +1,9 @@
-"""The same sums by the CPU kernels of jaxbn-cpu, where these are installed.
+"""What `_sums` computes, by the CPU kernels of jaxbn-cpu, where these are installed.
 
-The kernels' sums take their derivatives from XLA's (`_sums`), and are these wherever
+What the kernels compute takes its derivatives from `_sums`, and is left to it wherever
 the program is not lowered for a CPU (`_platform`).
 
-The kernels need no center: they return the mean and Σw|x − mean|², each exact, with
+Moments need no center there: the kernel returns the mean and Σw|x − mean|², each exact, with
 
     Σwδ = n·(mean − center)      Σw|δ|² = Σw|x − mean|² + n·|mean − center|²
 """
