@@ -53,8 +53,8 @@ def batch_norm(
       derivatives: "vjp" has reverse mode, and reverse or forward mode over it. "jvp"
         has every mode at the same cost on one device, but for the CPU kernels, which
         its backward pass does not use; across devices it issues more all-reduces.
-      implementation: As for `moments`: None, "xla" or "cpu". The kernels sum backward,
-        too, with "vjp".
+      implementation: As for `moments`: None, "xla" or "cpu". The kernels compute
+        the backward pass, too, with "vjp".
 
     Returns:
       The output, with the shape of `x`, and the `Moments` of `x`. A batch whose total

@@ -3,7 +3,7 @@
 What the kernels compute takes its derivatives from `_sums`, and is left to it wherever
 the program is not lowered for a CPU (`_platform`).
 
-Moments need no center there: the kernel returns the mean and Σw|x − mean|², each exact, with
+Moments need no center there: what comes is the mean and Σw|x − mean|², exact, and
 
     Σwδ = n·(mean − center)      Σw|δ|² = Σw|x − mean|² + n·|mean − center|²
 """
@@ -157,9 +157,9 @@ def _cotangent_sums(axes: FeatureAxes, dy, x, mean, weights):
     return _over_devices(_local_cotangent_sums, axes, x, weights, dy, mean)
 
 
-def _xla_input_cotangent(axes: FeatureAxes, dy, x, mean, weights, *vectors):
-    delta = _delta(axes, x, mean, weights)
-    dx = _sums.input_cotangent(_dtypes.widen(dy), delta, *vectors, weights, axes)
+def _xla_input_cotangent(axes: FeatureAxes, dy, x, mean, weights, k, c1, c0):
+    dy, delta = _dtypes.widen(dy), _delta(axes, x, mean, weights)
+    dx = _sums.input_cotangent(dy, delta, k, c1, c0, weights, axes)
     return (dx.astype(x.dtype),)
 
 

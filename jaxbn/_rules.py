@@ -127,26 +127,29 @@ def _vjp_form_fwd(static: Static, x, scale, bias, given: Given):
 
 def _vjp_form_bwd(static: Static, residuals, c):
     x, scale, bias, given = residuals
-    wide, wide_c, expand, inv, k, _ = _prepare(static, x, c, scale, given)
+    inv, k = _factors(x, scale, given)
+    vectors = scale, bias, inv, k, given
     if static.kernels:
-        operands = c, x, given.mean, given.weights
-        local = _kernels.cotangent_sums(static.kernels, *operands)
+        arrays = c, x, given.mean, given.weights
+        local = _kernels.cotangent_sums(static.kernels, *arrays)
+        c1, c0, *cotangents = pull_back(static, local, x, *vectors)
+        dx = _kernels.input_cotangent(static.kernels, *arrays, k, c1, c0)
     else:
+        wide, wide_c, expand = _widened(static, x, c, scale, given)
         summed = wide + expand(-given.mean)
         local = _sums.cotangent_sums(wide_c, summed, static.feature_axes)
-    c1, c0, *cotangents = pull_back(static, local, wide, scale, bias, inv, k, given)
-    if static.kernels:
-        dx = _kernels.input_cotangent(static.kernels, *operands, k, c1, c0)
-    else:
-        delta = wide - expand(given.mean)
-        elements = wide_c, delta, k, c1, c0, given.weights
+        c1, c0, *cotangents = pull_back(static, local, x, *vectors)
+        elements = wide_c, wide - expand(given.mean), k, c1, c0, given.weights
         dx = _sums.input_cotangent(*elements, static.feature_axes)
     return as_cotangent(dx, x), *cotangents, None
 
 
 def pull_back(static: Static, local, x, scale, bias, inv, k, given: Given):
-    """From the sums Σc and Σc·δ over this device's part, with the cotangent c of y:
-    c1 and c0 of `_sums.input_cotangent`, and the cotangents of scale and bias."""
+    """c1 and c0 of `_sums.input_cotangent`, and the cotangents of scale and bias.
+
+    `local` are Σc and Σc·δ over this device's part, c being the cotangent of y. Of `x`
+    only the type counts: what it varies over.
+    """
     n = _sums.divisor(given.count)
     over = static.axis_name, static.axis_index_groups
     if _mesh.same_on_all(k, x, static.axis_name):
@@ -186,7 +189,9 @@ def _jvp_form_jvp(static: Static, primals, tangents):
 
 
 def _tangent(static: Static, x, scale, given: Given, dx, dscale, dbias):
-    x, dx, expand, inv, k, n = _prepare(static, x, dx, scale, given)
+    inv, k = _factors(x, scale, given)
+    n = _sums.divisor(given.count)
+    x, dx, expand = _widened(static, x, dx, scale, given)
     wdx = _sums.times(dx, given.weights)
     # The transpose turns elementwise into summed and back: hence x − mean in the sum.
     delta = (x - expand(given.mean)).conj()
@@ -204,15 +209,19 @@ def _tangent(static: Static, x, scale, given: Given, dx, dscale, dbias):
     return dy.astype(static.dtype)
 
 
-def _prepare(static: Static, x, dx, scale, given: Given):
-    """What both forms compute with: x and its (co)tangent, widened, and inv, k, n."""
+def _factors(x, scale, given: Given) -> tuple[jax.Array, jax.Array]:
+    """inv and k."""
+    inv = lax.rsqrt(given.var + given.epsilon.astype(given.var.dtype))
+    return inv, inv if scale is None else inv * _dtypes.widen(scale, x)
+
+
+def _widened(static: Static, x, dx, scale, given: Given):
+    """x and its (co)tangent, to compute with, and what expands vectors to them."""
     expand = partial(_axes.expand, feature_axes=static.feature_axes, ndim=x.ndim)
     x, dx = _dtypes.widen(x, scale), _dtypes.widen(dx, x, scale)
     if given.weights is not None:
         x = jnp.where(_sums.hidden(x, given.weights), expand(given.mean), x)
-    inv = lax.rsqrt(given.var + given.epsilon.astype(given.var.dtype))
-    k = inv if scale is None else inv * _dtypes.widen(scale, x)
-    return x, dx, expand, inv, k, _sums.divisor(given.count)
+    return x, dx, expand
 
 
 def as_cotangent(array: jax.Array, operand: jax.Array) -> jax.Array:

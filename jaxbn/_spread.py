@@ -18,8 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxbn import _axes, _mesh
 
-# What an operand or a result is laid out like: `x`, a feature vector, or weights, which are like
-# `x` with feature axes of length 1. The first operand is `x`.
+# What an operand or a result is laid out like: `x`, a feature vector, or weights, which
+# are like `x` with feature axes of length 1. The first operand is `x`.
 X, VECTOR, WEIGHTS = "x", "vector", "weights"
 
 

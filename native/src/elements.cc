@@ -113,13 +113,6 @@ JAXBN_INLINE void apply(const DY* dy, const X* x, Weights weights, int64_t size,
   }
 }
 
-// Stores past the caches are seen by other threads after this.
-JAXBN_INLINE void finish_stream() {
-#ifdef __SSE2__
-  _mm_sfence();
-#endif
-}
-
 template <bool kStream, class DY, class X>
 JAXBN_INLINE void rows_of(const DY* dy, const X* x, const float* weights, int64_t rows,
                           int64_t width, const float* vectors, X* dx) {
@@ -132,7 +125,6 @@ JAXBN_INLINE void rows_of(const DY* dy, const X* x, const float* weights, int64_
       apply<split, kStream>(dy + at, x + at, OneWeight{weights[r]}, width, lanes, dx + at);
     }
   }
-  if (kStream) finish_stream();
 }
 
 template <bool kStream, class DY, class X>
@@ -143,14 +135,12 @@ JAXBN_INLINE void slab_of(const DY* dy, const X* x, const float* weights, int64_
   } else {
     apply<false, kStream>(dy, x, EachWeight{weights}, size, Same{numbers}, dx);
   }
-  if (kStream) finish_stream();
 }
 
 }  // namespace
 
-// Templates cannot have clones; their instances can.
+// Templates cannot have clones.
 #define JAXBN_OF_ELEMENTS(DY, X, STREAM)                                              \
-  template <>                                                                         \
   JAXBN_CLONES void apply_rows(const DY* dy, const X* x, const float* weights,        \
                                int64_t rows, int64_t width, const float* vectors,     \
                                bool stream, X* dx) {                                  \
@@ -160,7 +150,6 @@ JAXBN_INLINE void slab_of(const DY* dy, const X* x, const float* weights, int64_
       rows_of<false>(dy, x, weights, rows, width, vectors, dx);                       \
     }                                                                                 \
   }                                                                                   \
-  template <>                                                                         \
   JAXBN_CLONES void apply_slab(const DY* dy, const X* x, const float* weights,        \
                                int64_t size, const float* numbers, bool stream,       \
                                X* dx) {                                               \
@@ -170,6 +159,12 @@ JAXBN_INLINE void slab_of(const DY* dy, const X* x, const float* weights, int64_
       slab_of<false>(dy, x, weights, size, numbers, dx);                              \
     }                                                                                 \
   }
+
+void finish_stream() {
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
+}
 
 JAXBN_OF_ELEMENTS(float, float, true)
 JAXBN_OF_ELEMENTS(BFloat16, float, true)

@@ -12,14 +12,14 @@
 namespace jaxbn {
 
 // Which channel each lane of a row is of. Narrow rows are taken several at a time, as one
-// row of about `least` lanes; after `unit()` lanes the channels come again.
+// row of at most `most` lanes; after `unit()` lanes the channels come again.
 template <bool split>
 class Fold {
  public:
-  Fold(int64_t channels, int64_t least) {
+  Fold(int64_t channels, int64_t most) {
     const int64_t whole = kStep / std::gcd(channels, kStep);
-    const bool folded = channels * whole <= least;
-    rows_ = folded ? least / (channels * whole) * whole : 1;
+    const bool folded = channels * whole <= most;
+    rows_ = folded ? most / (channels * whole) * whole : 1;
     channel_.resize(folded ? channels * whole : channels);
     for (int64_t i = 0, channel = 0; i < unit(); ++i) {
       channel_[lane_of<split>(i, unit())] = channel;

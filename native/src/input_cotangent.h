@@ -22,14 +22,21 @@ bool is_streamed(const X* dx, int64_t size, int64_t row) {
   return std::is_same_v<X, float> && aligned && size >= 1 << 20;
 }
 
+// The four vectors, by lanes.
+template <bool split>
+std::vector<float> spread(const Fold<split>& fold, const float* const* vectors) {
+  std::vector<float> lanes(kVectors * fold.width());
+  for (int v = 0; v < kVectors; ++v) fold.spread(vectors[v], &lanes[v * fold.width()]);
+  return lanes;
+}
+
 template <class DY, class X, class Pool>
 void input_cotangent_of_rows(const DY* dy, const X* x, const float* weights,
                              const float* const* vectors, Shape shape, X* dx,
                              Pool& pool) {
   const Fold<kSplit<DY, X>> fold(shape.channels, weights ? 0 : 1024);
   const int64_t width = fold.width(), rows = shape.outer / fold.rows();
-  std::vector<float> lanes(kVectors * width);
-  for (int v = 0; v < kVectors; ++v) fold.spread(vectors[v], &lanes[v * width]);
+  const std::vector<float> lanes = spread(fold, vectors);
   const bool stream = is_streamed(dx, rows * width, width);
   const int64_t parts = std::min(parts_of(shape, 3, pool), std::max<int64_t>(rows, 1));
   parallel_for(pool, parts, [=, &lanes](int64_t i) {
@@ -37,13 +44,13 @@ void input_cotangent_of_rows(const DY* dy, const X* x, const float* weights,
     const int64_t at = begin * width;
     const float* w = weights ? weights + begin : nullptr;
     apply_rows(dy + at, x + at, w, end - begin, width, lanes.data(), stream, dx + at);
+    if (stream) finish_stream();
   });
-  const int64_t size = shape.outer * shape.channels;
-  for (int64_t at = rows * width; at < size; ++at) {  // Too few to fold.
-    const int64_t c = at % shape.channels;
-    const float through = (widen(x[at]) - vectors[0][c]) * vectors[2][c] + vectors[3][c];
-    dx[at] = narrow<X>(widen(dy[at]) * vectors[1][c] + through);
-  }
+  const int64_t rest = shape.outer % fold.rows(), at = rows * width;
+  if (rest == 0) return;  // Else there are no weights.
+  const Fold<kSplit<DY, X>> plain(shape.channels, 0);
+  apply_rows(dy + at, x + at, nullptr, rest, plain.width(), spread(plain, vectors).data(),
+             false, dx + at);
 }
 
 template <class DY, class X, class Pool>
@@ -64,6 +71,7 @@ void input_cotangent_of_slabs(const DY* dy, const X* x, const float* weights,
         apply_slab(dy + at, x + at, w, shape.inner, numbers, stream, dx + at);
       }
     }
+    if (stream) finish_stream();
   });
 }
 

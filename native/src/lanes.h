@@ -78,18 +78,18 @@ JAXBN_INLINE X narrow(float x) {
 template <class... Ts>
 constexpr bool kSplit = (std::is_same_v<Ts, BFloat16> && ...);
 
-// The step at p, in order or, with kSplit, its even elements and then its odd ones: the
-// two halves of words, which are cheaper to take apart than to put in order.
-template <bool kSplit>
+// The step at p, in order or, if lanes are split, its even elements and then its odd ones:
+// the two halves of words, which are cheaper to take apart than to put in order.
+template <bool split>
 JAXBN_INLINE void load_step(const float* p, Floats* v) {
-  static_assert(!kSplit);
+  static_assert(!split);
   v[0] = load<Floats>(p);
   v[1] = load<Floats>(p + kWidth);
 }
 
-template <bool kSplit>
+template <bool split>
 JAXBN_INLINE void load_step(const BFloat16* p, Floats* v) {
-  if constexpr (kSplit) {
+  if constexpr (split) {
     Words w = load<Words>(p);
     v[0] = as<Floats>(w << 16);
     v[1] = as<Floats>(w & 0xffff0000u);
@@ -102,17 +102,17 @@ JAXBN_INLINE void load_step(const BFloat16* p, Floats* v) {
 }
 
 // The element of a row that is in a lane. After the last whole step they are in order.
-template <bool kSplit>
+template <bool split>
 constexpr int64_t element_of(int64_t lane, int64_t width) {
-  if (!kSplit || lane >= width / kStep * kStep) return lane;
+  if (!split || lane >= width / kStep * kStep) return lane;
   const int64_t at = lane % kStep;
   return lane - at + (at < kWidth ? 2 * at : 2 * (at - kWidth) + 1);
 }
 
 // The lane that an element of a row is in.
-template <bool kSplit>
+template <bool split>
 constexpr int64_t lane_of(int64_t element, int64_t width) {
-  if (!kSplit || element >= width / kStep * kStep) return element;
+  if (!split || element >= width / kStep * kStep) return element;
   const int64_t at = element % kStep;
   return element - at + at / 2 + (at % 2 ? kWidth : 0);
 }

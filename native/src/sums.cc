@@ -212,9 +212,8 @@ JAXBN_INLINE Sums slab_of_cotangents(const DY* dy, const X* x, const float* weig
 
 }  // namespace
 
-// Templates cannot have clones; their instances can.
+// Templates cannot have clones.
 #define JAXBN_OF_VALUES(X)                                                            \
-  template <>                                                                         \
   JAXBN_CLONES void add_rows(const X* x, const float* weights, int64_t rows,          \
                              int64_t width, const float* center, float* first,        \
                              float* second) {                                         \
@@ -224,20 +223,17 @@ JAXBN_INLINE Sums slab_of_cotangents(const DY* dy, const X* x, const float* weig
       rows_of_values<false>(x, weights, rows, width, center, first, second);          \
     }                                                                                 \
   }                                                                                   \
-  template <>                                                                         \
   JAXBN_CLONES Sums sum_slab(const X* x, const float* weights, int64_t size,          \
                              float center) {                                          \
     return slab_of_values(x, weights, size, center);                                  \
   }
 
 #define JAXBN_OF_COTANGENTS(DY, X)                                                    \
-  template <>                                                                         \
   JAXBN_CLONES void add_rows(const DY* dy, const X* x, const float* weights,          \
                              int64_t rows, int64_t width, const float* center,        \
                              float* first, float* second) {                           \
     rows_of_cotangents(dy, x, weights, rows, width, center, first, second);           \
   }                                                                                   \
-  template <>                                                                         \
   JAXBN_CLONES Sums sum_slab(const DY* dy, const X* x, const float* weights,          \
                              int64_t size, float center) {                            \
     return slab_of_cotangents(dy, x, weights, size, center);                          \

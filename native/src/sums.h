@@ -17,21 +17,26 @@ struct Sums {
 };
 
 // Weights are one a row, or null. Lanes are in the order of `element_of`.
-template <class X>
-void add_rows(const X* x, const float* weights, int64_t rows, int64_t width,
-              const float* center, float* first, float* second);
+#define JAXBN_OF_VALUES(X)                                                            \
+  void add_rows(const X* x, const float* weights, int64_t rows, int64_t width,        \
+                const float* center, float* first, float* second);                    \
+  Sums sum_slab(const X* x, const float* weights, int64_t size, float center);
 
 // With weights, δ is 0 where x is not finite and its weight is 0; dy counts anyway.
-template <class DY, class X>
-void add_rows(const DY* dy, const X* x, const float* weights, int64_t rows,
-              int64_t width, const float* center, float* first, float* second);
+#define JAXBN_OF_COTANGENTS(DY, X)                                                    \
+  void add_rows(const DY* dy, const X* x, const float* weights, int64_t rows,         \
+                int64_t width, const float* center, float* first, float* second);     \
+  Sums sum_slab(const DY* dy, const X* x, const float* weights, int64_t size,         \
+                float center);
 
-template <class X>
-Sums sum_slab(const X* x, const float* weights, int64_t size, float center);
-
-template <class DY, class X>
-Sums sum_slab(const DY* dy, const X* x, const float* weights, int64_t size,
-              float center);
+JAXBN_OF_VALUES(float)
+JAXBN_OF_VALUES(BFloat16)
+JAXBN_OF_COTANGENTS(float, float)
+JAXBN_OF_COTANGENTS(float, BFloat16)
+JAXBN_OF_COTANGENTS(BFloat16, float)
+JAXBN_OF_COTANGENTS(BFloat16, BFloat16)
+#undef JAXBN_OF_VALUES
+#undef JAXBN_OF_COTANGENTS
 
 // Adds up the lanes of as many units as there are in a row.
 void add_units(const float* lanes, int64_t width, int64_t unit, double* sums);

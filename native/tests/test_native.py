@@ -71,7 +71,10 @@ def test_cotangents(shape, dtypes):
 
 
 # Of the large ones, rows or slabs are of a length that goes past the caches, or not.
-@pytest.mark.parametrize("shape", [*SHAPES, (4096, 320, 1), (4, 5, 65536), (3, 2, 200001)])
+LARGE = [(4096, 320, 1), (4, 5, 65536), (3, 2, 200001)]
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, *LARGE], ids=str)
 @pytest.mark.parametrize("dtypes", [(d, x) for d in DTYPES for x in DTYPES], ids=str)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_input_cotangent(shape, dtypes, weighted):
@@ -108,6 +111,18 @@ def test_the_variance_is_exact_without_a_shift(mean):
     _, squares = moments(x)
     truth = wide(x).var((0, 2)) * 20000
     np.testing.assert_allclose(squares, truth, 1e-6)
+
+
+@pytest.mark.parametrize("channels", [65, 511, 1000])
+@pytest.mark.parametrize("kind", ["normal", "sorted", "weighted"])
+def test_rounding_does_not_add_up_where_rows_are_not_folded(channels, kind):
+    x = np.array(numbers((512, channels, 1), "float32"))
+    if kind == "sorted":
+        x.sort(0)
+    w = np.ones((512, 1, 1), np.float32) if kind == "weighted" else None
+    _, squares = moments(x, w)
+    truth = x.astype(np.float64).var((0, 2)) * 512
+    np.testing.assert_allclose(squares, truth, 5e-7)
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 2**18), (2, 1, 2**17), (65536, 1, 1)])

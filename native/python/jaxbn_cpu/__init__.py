@@ -1,4 +1,4 @@
-"""CPU kernels for jaxbn: the sums of batch norm, and its backward pass, behind XLA's FFI.
+"""CPU kernels for jaxbn: the sums of batch norm and dx, behind XLA's FFI.
 
 They are for jaxbn, which calls them where they are installed; but they are functions of
 JAX like any other, for programs that run on a CPU. They have no derivative here.
@@ -107,7 +107,8 @@ def cotangents(
     """
     x, dy = _checked(x, "x"), _checked_dy(dy, x)
     axes = _checked_axes(feature_axes, x)
-    mean, weights = _checked_vector(mean, "mean", axes, x), _checked_weights(weights, axes, x)
+    mean = _checked_vector(mean, "mean", axes, x)
+    weights = _checked_weights(weights, axes, x)
     return _call("jaxbn_cotangents", axes, dy, x, weights, mean)
 
 
@@ -158,23 +159,24 @@ def input_cotangent(
     given = {"mean": mean, "k": k, "c1": c1, "c0": c0}
     vectors = [_checked_vector(v, name, axes, x) for name, v in given.items()]
     operands = dy, x, _checked_weights(weights, axes, x), *vectors
-    return _call("jaxbn_input_cotangent", axes, *operands, out=x)
+    return _call("jaxbn_input_cotangent", axes, *operands, like=x)
 
 
-def _call(name: str, axes: tuple[int, ...], x: jax.Array, *rest: jax.Array, out=None):
-    """What a kernel makes of `x` and the rest: two vectors, or an array like `out`.
+def _call(name: str, axes: tuple[int, ...], x: jax.Array, *rest: jax.Array, like=None):
+    """What a kernel makes of `x` and the rest: two vectors, or an array like `like`.
 
     Arrays are handed on in the shape that they have: reshaped for the call, bfloat16
     may be copied, and what computes `x` loops over its elements in another shape.
     """
     first = axes[0] if axes else x.ndim
     features, inner = x.shape[first : first + len(axes)], x.shape[first + len(axes) :]
-    vector = jax.ShapeDtypeStruct(features, jnp.float32)
-    results = (vector, vector) if out is None else jax.ShapeDtypeStruct(out.shape, out.dtype)
-    call = jax.ffi.ffi_call(name, results, vmap_method="sequential")
+    out = (jax.ShapeDtypeStruct(features, jnp.float32),) * 2
+    if like is not None:
+        out = jax.ShapeDtypeStruct(like.shape, like.dtype)
+    call = jax.ffi.ffi_call(name, out, vmap_method="sequential")
     sizes = {"channels": features, "inner": inner}
     made = call(x, *rest, **{k: np.int64(prod(v)) for k, v in sizes.items()})
-    return tuple(made) if out is None else made
+    return tuple(made) if like is None else made
 
 
 def _checked(array, name: str) -> jax.Array:
@@ -191,7 +193,9 @@ def _checked_dy(dy, x: jax.Array) -> jax.Array:
     return dy
 
 
-def _checked_vector(vector, name: str, axes: tuple[int, ...], x: jax.Array) -> jax.Array:
+def _checked_vector(
+    vector, name: str, axes: tuple[int, ...], x: jax.Array
+) -> jax.Array:
     vector, features = jnp.asarray(vector), tuple(x.shape[axis] for axis in axes)
     if vector.shape != features or vector.dtype != jnp.float32:
         raise ValueError(
