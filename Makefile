@@ -52,10 +52,10 @@ demo-small: $(KERNELS)  ## The same, shortened to seconds.
 	$(BIN)/python examples/train_digits.py --steps 20 --out $(OUT)-small
 
 test: $(KERNELS)  ## Run the tests.
-	$(BIN)/python -m pytest -q -n $(JOBS) -m 'not slow' $(TESTS)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m 'not slow' $(TESTS)
 
 test-all: $(KERNELS)  ## Run the tests and the slow ones.
-	$(BIN)/python -m pytest -q -n $(JOBS) $(TESTS)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(TESTS)
 
 doctest: $(KERNELS)  ## Run the examples in docstrings and pages.
 	$(BIN)/python -m pytest -q --doctest-modules jaxbn \

@@ -8,8 +8,6 @@ import pytest
 os.environ.setdefault("KERAS_BACKEND", "jax")  # Keras asks when it is imported.
 
 jax.config.update("jax_num_cpu_devices", 8)
-# Most of the tests' time is LLVM's. What XLA fuses and sends is the same without.
-jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
