@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
@@ -87,10 +88,11 @@ def require_features(
     name: str, mean: jax.Array, expected: Any, x: jax.Array, axes: tuple[int, ...]
 ) -> None:
     """Refuses an `x` of other features than the module has statistics of."""
-    if jnp.shape(mean) != expected.shape:
+    shape = np.shape(mean)  # (Exporters put other functions in the place of JAX's.)
+    if shape != expected.shape:
         leading = len(expected.shape) - len(axes)
         raise ValueError(
-            f"`{name}` is for features of shape {jnp.shape(mean)[leading:]}, but `x` "
+            f"`{name}` is for features of shape {shape[leading:]}, but `x` "
             f"of shape {x.shape} has {_axes.lengths(x, axes)} along `axis`, {axes}. "
             "Make the module for these features, or name another `axis`."
         )
