@@ -1,50 +1,131 @@
 """For optimizers: which parameters weight decay is for."""
 
+import re
+from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
+# What norms call their parameters: Flax, Haiku and Keras, and jaxbn's conditional one.
+OF_NORMS = {"scale", "offset", "gamma", "beta", "scale_kernel", "bias_kernel"}
+# "bias", Haiku's "b", Equinox' "bias_n", torch's "in_proj_bias" and "bias_ih_l0".
+BIAS = re.compile(r"b|(.*_)?bias(_.*)?")
+# BatchNorm, RMSNorm, InstanceNorm2d, GroupNormalization, BatchRenorm.
+NORM_CLASS = re.compile(r".*norm(alization)?(\dd)?", re.IGNORECASE)
 
-def weight_decay_mask(params: Any) -> Any:
-    """Weight decay for everything but scales and biases, as a mask for optax.
+Path = tuple[str, ...]
+
+
+def weight_decay_mask(params: Any, *, biases: bool = False) -> Any:
+    """Weight decay for everything but norms and biases, as a mask for optax.
 
         update(p) = … + weight_decay · p    only where the mask is True
 
-    Leaves are told by their name, so that those called "scale" or "bias" in other
-    layers are left alone as well.
+    In dicts a norm's parameters are told by their names: "scale", "offset", "gamma",
+    "beta", "scale_kernel" and "bias_kernel", which are those of linen, nnx, Haiku,
+    Keras and jaxbn, and a "weight" of one axis, which is torch's. In trees of objects,
+    as Equinox has them, a parameter is a norm's where the object that holds it is: its
+    class, or one that it inherits from, has a name that ends in "Norm" or
+    "Normalization". Biases are those called "b" or "bias", alone or joined by "_".
 
     Args:
       params: The parameters: a tree of dicts, lists and dataclasses, as linen, jaxbn's
-        layers, haiku and equinox make them, an `nnx.State`, or one of these flattened
-        to a dict whose keys are tuples or paths ("norm/scale", "norm.scale").
+        layers, Haiku and Equinox make them (`eqx.filter(model, eqx.is_array)`, whose
+        None stays None), an `nnx.State`, or one of these flattened to a dict whose keys
+        are tuples or paths ("norm/scale", "norm.scale").
+      biases: Whether biases decay too: those beside a weight, as in a dense layer.
+        Norms' biases never do, nor those that stand alone.
 
     Returns:
-      A tree like `params` with False for each leaf called "scale" or "bias", and True
-      for the others: what optax takes for `mask`.
+      A tree like `params` with False for each parameter of a norm and, by default, for
+      each bias, and True for the others: what optax takes for `mask`.
+
+    Raises:
+      TypeError: `biases` is neither True nor False.
 
     Example:
-      >>> import jaxbn, optax
-      >>> params = {"kernel": 1.0, "norm": {"scale": 1.0, "bias": 0.0}}
-      >>> print(jaxbn.interop.optax.weight_decay_mask(params))
-      {'kernel': True, 'norm': {'bias': False, 'scale': False}}
+      >>> import functools, jaxbn, optax
+      >>> params = {"kernel": 1.0, "bias": 0.0, "norm": {"scale": 1.0, "bias": 0.0}}
       >>> mask = jaxbn.interop.optax.weight_decay_mask
+      >>> print(mask(params))
+      {'bias': False, 'kernel': True, 'norm': {'bias': False, 'scale': False}}
+      >>> print(mask(params, biases=True))
+      {'bias': True, 'kernel': True, 'norm': {'bias': False, 'scale': False}}
       >>> optimizer = optax.adamw(1e-3, weight_decay=1e-2, mask=mask)
+      >>> both = functools.partial(mask, biases=True)
+      >>> optimizer = optax.adamw(1e-3, weight_decay=1e-2, mask=both)
 
     References:
       He et al., "Bag of Tricks for Image Classification with Convolutional Neural
       Networks" (2019), section 3.1, "No bias decay".
     """
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: _name(path) not in ("scale", "bias"), params
+    if not isinstance(biases, bool):
+        raise TypeError(
+            f"`biases` must be True or False, got {biases!r}. As a mask with biases, "
+            "pass `functools.partial(weight_decay_mask, biases=True)`."
+        )
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    kinds = [(_names(path), _kind(params, path, leaf)) for path, leaf in leaves]
+    beside = defaultdict(set)
+    for names, kind in kinds:
+        beside[names[:-1]].add(kind)
+    decayed = [
+        kind == "weight"
+        or (biases and kind == "bias" and "weight" in beside[names[:-1]])
+        for names, kind in kinds
+    ]
+    return treedef.unflatten(decayed)
+
+
+def _kind(params: Any, path: tuple, leaf: Any) -> str:
+    """What a parameter is: one of a norm, a bias, or a weight."""
+    name = (_names(path) or ("",))[-1]
+    owner, parent = _holders(params, path)
+    of_torch = (
+        name == "weight"
+        and isinstance(parent, Mapping)
+        and len(getattr(leaf, "shape", ())) == 1
     )
+    if name in OF_NORMS or of_torch or _is_norm(owner):
+        return "norm"
+    return "bias" if BIAS.fullmatch(name) else "weight"
 
 
-def _name(path: tuple) -> str:
-    """The last name on the way to a leaf, in a nested tree or a flattened one."""
-    if path and path[-1] == jax.tree_util.GetAttrKey("value"):
-        path = path[:-1]  # an nnx variable's array
-    last = path[-1] if path else None
-    name = getattr(last, "key", getattr(last, "name", None))
-    if isinstance(name, tuple):
-        name = name[-1]
-    return str(name).replace(".", "/").rpartition("/")[2]
+def _is_norm(owner: Any) -> bool:
+    return any(NORM_CLASS.fullmatch(c.__name__) for c in type(owner).__mro__)
+
+
+def _holders(params: Any, path: tuple) -> tuple[Any, Any]:
+    """The last object on the way to a leaf, by an attribute, and what holds the leaf.
+
+    Dicts and lists in an object belong to it.
+    """
+    owner, parent, node = None, None, params
+    for key in _own(path):
+        parent = node
+        if isinstance(key, jax.tree_util.GetAttrKey):
+            owner, node = node, getattr(node, key.name)
+        elif isinstance(key, jax.tree_util.DictKey):
+            node = node[key.key]
+        elif isinstance(key, jax.tree_util.SequenceKey):
+            node = node[key.idx]
+        else:  # A class that names none of its children.
+            return None, None
+    return owner, parent
+
+
+def _own(path: tuple) -> tuple:
+    """The path without the step from an nnx variable to its array."""
+    in_variable = path and path[-1] == jax.tree_util.GetAttrKey("value")
+    return path[:-1] if in_variable else path
+
+
+def _names(path: tuple) -> Path:
+    """The names on the way to a leaf, in a nested tree or a flattened one."""
+    found: list[str] = []
+    for key in _own(path):
+        name = getattr(key, "key", getattr(key, "name", getattr(key, "idx", None)))
+        for part in name if isinstance(name, tuple) else (name,):
+            found += str(part).replace(".", "/").split("/")
+    return tuple(found)
