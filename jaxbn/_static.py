@@ -1,8 +1,14 @@
-"""Keywords of a call: what a function is compiled for, and what it is given."""
+"""A model's call as a compiled function: what for, of what, and once more."""
 
+import inspect
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 
 class Static:
@@ -41,8 +47,68 @@ def together(static: Static, traced: list[Any]) -> dict[str, Any]:
 
 def is_static(value: Any) -> bool:
     """Whether a function can be compiled for a value."""
+    return _is_hashable(value) and not isinstance(value, jax.Array)
+
+
+def compiled(function: Callable, *static: Any) -> Callable:
+    """`function` of what follows its `static` arguments, compiled for these.
+
+    Equal ones share a program, which JAX keeps for good with all that it is compiled
+    for. What cannot be hashed, or may hold a model, has a program of its own, which
+    goes with the function.
+    """
+    if _is_hashable(static) and all(map(_may_be_kept, static)):
+        return partial(_shared, function, static)
+    return jax.jit(partial(function, *static))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _shared(function: Callable, static: tuple, *rest: Any) -> Any:
+    return function(*static, *rest)
+
+
+def _may_be_kept(value: Any) -> bool:
+    """Whether nothing hangs on it: a function that is found by its name lives on."""
+    if isinstance(value, Static):
+        return all(map(_may_be_kept, value.values))
+    if inspect.ismethod(value) or isinstance(value, partial):
+        return False
+    return "<" not in getattr(value, "__qualname__", "")
+
+
+def _is_hashable(value: Any) -> bool:
     try:
         hash(value)
     except TypeError:
         return False
-    return not isinstance(value, jax.Array)
+    return True
+
+
+class Repeated:
+    """`f(batch)`, a compiled function that draws other random numbers in every call.
+
+    `run(streams, batch)` returns what is wanted of the batch, and where its random
+    streams, a tree of small arrays, are then: the next call goes on from there.
+    """
+
+    def __init__(self, run: Callable, streams: Any):
+        self.run, self.streams, self.first = run, streams, streams
+
+    def __call__(self, batch: Any) -> Any:
+        """What `run` finds of a batch."""
+        streams = jax.tree.map(_as_free, self.streams, self.first)
+        found, after = self.run(streams, batch)
+        # Under a trace of the caller's, they are not known outside of it.
+        if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(after)):
+            self.streams = after
+        return found
+
+
+def _as_free(value: Any, first: Any) -> Any:
+    """`value`, not bound to the devices of the last batch if it was not at first."""
+    if getattr(first, "committed", False) or not getattr(value, "committed", False):
+        return value
+    if not jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return np.asarray(value)
+    data = jnp.asarray(np.asarray(jax.random.key_data(value)))
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(value))

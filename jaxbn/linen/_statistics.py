@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from flax.core import FrozenDict, freeze
 from flax.errors import ModifyScopeVariableError
 
@@ -109,8 +110,11 @@ def moments_fn(
       model: A model with batch norms of `jaxbn.linen`.
       variables: Its variables, with `batch_stats`.
       **call: What `model.apply` takes besides: `training=True`, or whatever the model
-        calls it; `rngs`; `method`, a function of the module and the batch, where a
-        batch is not the model's first argument: `lambda net, b: net(b["image"])`.
+        calls it; `rngs`, a key or a dict of keys: in its i-th call, from 0, the
+        function takes `jax.random.fold_in(key, i)` of each, so that every batch has
+        another dropout mask (calls inside a function that JAX traces do not count);
+        `method`, a function of the module and the batch, where a batch is not the
+        model's first argument: `lambda net, b: net(b["image"])`.
         Arrays may be traced; for other values the function is compiled.
 
     Returns:
@@ -137,14 +141,23 @@ def moments_fn(
     _layers_of(variables)
     given = {name: v for name, v in variables.items() if name != "batch_moments"}
     static, traced = _static.static_and_traced(call)
-    if not _static.is_static(model):  # It has an array for a field.
-        measure = jax.jit(partial(_measure, model, static))
-        return partial(measure, traced, given)
-    return partial(_measure_compiled, model, static, traced, given)
+    measure = _static.compiled(_measure, model, static)
+    return _static.Repeated(partial(measure, traced, given), np.uint32(0))
 
 
-def _measure(model: nn.Module, static, traced, variables: Variables, batch: Any):
+def _measure(
+    model: nn.Module,
+    static: _static.Static,
+    traced: list,
+    variables: Variables,
+    number: jax.Array,
+    batch: Any,
+) -> tuple[dict[str, Moments], jax.Array]:
+    """The moments in the call of this number, and the next number."""
     call = _static.together(static, traced)
+    if "rngs" in call:
+        fold = lambda key: jax.random.fold_in(key, number)  # noqa: E731
+        call["rngs"] = jax.tree.map(fold, call["rngs"])
     layers = _layers_of(variables)
     # Every layer has a record from the start, as `nn.cond` and `nn.scan` want it.
     empty = variables["batch_stats"]
@@ -164,10 +177,7 @@ def _measure(model: nn.Module, static, traced, variables: Variables, batch: Any)
             "collection `batch_moments` as they do `batch_stats`. Build the model with "
             "`jaxbn.linen.BatchNorm`."
         )
-    return {path: _recording.moments_of(found[path]) for path in layers}
-
-
-_measure_compiled = jax.jit(_measure, static_argnums=(0, 1))
+    return {path: _recording.moments_of(found[path]) for path in layers}, number + 1
 
 
 def commit(variables: Variables) -> dict:

@@ -19,8 +19,9 @@ OPTIONS = set(inspect.signature(BatchNorm.__init__).parameters) - {"self", "rngs
 MADE = {"num_features", "param_dtype", "use_bias", "use_scale", "bias_init"}
 MADE |= {"scale_init", "bias_metadata", "scale_metadata"}
 
-# The replacements of each layer that are not undone, the last one at the end.
-_in_force: WeakKeyDictionary[Any, list["Replacement"]] = WeakKeyDictionary()
+# Marks of the replacements of each layer that are not undone, the last one at the end.
+# (Not the replacements themselves, which hold the model.)
+_in_force: WeakKeyDictionary[Any, list[object]] = WeakKeyDictionary()
 
 
 def replace_batch_norm(model: nnx.Module, **overrides: Any) -> "Replacement":
@@ -83,6 +84,7 @@ class Replacement:
     def __init__(self, model: nnx.Module, overrides: dict[str, Any]):
         self.model, self.overrides = model, overrides
         self.turned: list[tuple] = []
+        self.mark = object()
         self.apply()
 
     def apply(self) -> None:
@@ -98,12 +100,12 @@ class Replacement:
         made = [(n, _made(path, n, self.overrides)) for path, n in layers.items()]
         for node, attributes in made:
             self.turned.append(_turn(node, attributes))
-            _in_force.setdefault(node, []).append(self)
+            _in_force.setdefault(node, []).append(self.mark)
 
     def undo(self) -> None:
         """Turns the layers back into what they were."""
         for node, *_ in self.turned:
-            if _in_force[node][-1] is not self:
+            if _in_force[node][-1] is not self.mark:
                 raise RuntimeError(
                     "A later `replace_batch_norm` of the same layers is still in "
                     "force. Undo that one first."

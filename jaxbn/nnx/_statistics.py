@@ -97,7 +97,10 @@ def moments_fn(
 ) -> Callable[[Any], dict[str, Moments]]:
     """A function that measures what every batch norm of a model sees of a batch.
 
-    It runs `model(batch, **call)` on a copy, and leaves the model as it is.
+    It runs `model(batch, **call)` on a copy, and leaves the model as it is. The copy's
+    random streams go on from call to call, as the model's would: every batch has
+    another dropout mask. Inside a function that JAX traces (`jax.jit`, `jax.lax.scan`)
+    they stay where they are.
 
     Args:
       model: A model with batch norms of `jaxbn.nnx`, as it is now: the function keeps
@@ -133,28 +136,47 @@ def moments_fn(
     graphdef, state = nnx.split(model)
     state = jax.tree.map(lambda leaf: leaf, state)  # Not what the model changes later.
     static, traced = _static.static_and_traced(call)
-    return partial(_measure, graphdef, (training, method, static), traced, state)
+    own = nnx.merge(graphdef, state), _static.together(static, traced)
+    measure = _static.compiled(_measure, graphdef, training, method, static)
+    streams = [variable[...] for variable in _streams_of(*own)]
+    return _static.Repeated(partial(measure, traced, state), streams)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _measure(graphdef: Any, how: tuple, traced: list, state: Any, batch: Any):
-    training, method, static = how
-    model = nnx.merge(graphdef, state)
+def _measure(
+    graphdef: Any,
+    training: bool,
+    method: Callable[..., Any] | None,
+    static: _static.Static,
+    traced: list,
+    state: Any,
+    streams: list,
+    batch: Any,
+) -> tuple[dict[str, Moments], list]:
+    model, call = nnx.merge(graphdef, state), _static.together(static, traced)
+    variables = _streams_of(model, call)
+    for variable, value in zip(variables, streams, strict=True):
+        variable[...] = value
     layers = _layers_of(model)
     for layer in layers.values():
         layer.use_running_average = not training
         layer.use_fast_variance = False  # Measured in two passes, whatever it does.
         layer.accumulate = False
         layer.batch_moments = recorder(_recording.empty(layer.mean[...]))
-    call = _static.together(static, traced)
     if method is None:
         model(batch, **call)  # type: ignore  (A module need not be callable.)
     else:
         method(model, batch, **call)
-    return {
+    found = {
         path: _recording.moments_of({n: v[...] for n, v in layer.batch_moments.items()})
         for path, layer in layers.items()
     }
+    return found, [variable[...] for variable in variables]
+
+
+def _streams_of(model: nnx.Module, call: dict[str, Any]) -> list[nnx.RngState]:
+    """The variables of random streams: a model's, and those that it is called with."""
+    nodes = (node for _, node in nnx.iter_graph([model, call]))
+    return [node for node in nodes if isinstance(node, nnx.RngState)]
 
 
 def commit(model: nnx.Module) -> None:
