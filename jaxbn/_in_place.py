@@ -87,10 +87,8 @@ def _bwd(static: Static, residuals, c):
         hidden = _sums.hidden(wide, given.weights)
         wide = jnp.where(hidden, 0, wide)
     y = activation.inverse(wide, rule.dtype)
-    var = given.var + given.epsilon.astype(given.var.dtype)
-    inv, k, delta = lax.rsqrt(var), lax.rsqrt(var), lax.sqrt(var)
-    if scale is not None:
-        k, delta = k * scale, delta / scale
+    inv, k = _rules.factors(wide, scale, given)
+    delta = 1 / k
     c = c * activation.slope_at(wide)
     if bias is not None:
         y = y - expand(bias)

@@ -35,10 +35,13 @@ class Chosen(NamedTuple):
 
 
 class FirstPass(NamedTuple):
-    """What is known of `x` before there is a center. XLA's has the total alone."""
+    """What is known of `x` before there is a center. XLA's has a mean alone.
 
-    total: jax.Array
+    `rest` is what rounding took off the mean, `squares` is Σw|x − mean|².
+    """
+
     mean: jax.Array
+    rest: jax.Array
     squares: jax.Array
 
 
@@ -68,9 +71,25 @@ def choose(
     return None if obstacle else Chosen(feature_axes, implementation == "cpu")
 
 
-def first_pass(chosen: Chosen, x: jax.Array, weights: jax.Array | None) -> FirstPass:
-    """Of data: gradients stop here."""
-    operands = lax.stop_gradient((x, weights))
+def unless_for_accelerators(chosen: Chosen) -> Chosen | None:
+    """The kernels, if they are demanded or JAX's default device is a CPU.
+
+    What makes them exact costs a collective more, also where XLA computes.
+    """
+    return chosen if chosen.demanded or jax.default_backend() == "cpu" else None
+
+
+def first_pass(
+    chosen: Chosen,
+    x: jax.Array,
+    weights: jax.Array | None,
+    shift: jax.Array | None,
+) -> FirstPass:
+    """What a first read of `x` tells. XLA's takes the shift, if any, for the mean.
+
+    Of data: gradients stop here.
+    """
+    operands = lax.stop_gradient((x, weights, shift))
     return FirstPass(*_operation(chosen, _xla_first_pass, _first_pass)(*operands))
 
 
@@ -79,7 +98,7 @@ def central_sums(
     x: jax.Array,
     center: jax.Array,
     weights: jax.Array | None,
-    known: FirstPass | None = None,
+    known: FirstPass,
 ) -> tuple[jax.Array, jax.Array]:
     """Σwδ and Σw|δ|² about `center`, which is constant to all derivatives."""
     operands = x, lax.stop_gradient(center), weights, known
@@ -128,25 +147,24 @@ class _Form(NamedTuple):
         return self.f(self.feature_axes, *operands)
 
 
-def _xla_first_pass(axes: FeatureAxes, x, weights) -> FirstPass:
-    total = _sums.weighted_sum(x, weights, axes)
-    return FirstPass(total, jnp.zeros_like(total), jnp.zeros_like(total))
+def _xla_first_pass(axes: FeatureAxes, x, weights, shift) -> FirstPass:
+    if shift is None:
+        n = _sums.divisor(_sums.total_weight(x, weights, axes))
+        shift = _sums.weighted_sum(x, weights, axes) / n
+    return FirstPass(shift, *[jnp.zeros_like(shift)] * 2)
 
 
-def _first_pass(axes: FeatureAxes, x, weights) -> FirstPass:
-    mean, squares = _over_devices(_local_moments, axes, x, weights)
-    return FirstPass(_sums.total_weight(x, weights, axes) * mean, mean, squares)
+def _first_pass(axes: FeatureAxes, x, weights, shift) -> FirstPass:
+    out = (_spread.VECTOR,) * 3
+    return FirstPass(*_over_devices(_local_moments, axes, x, weights, out=out))
 
 
 def _xla_central_sums(axes: FeatureAxes, x, center, weights, known):
     return _sums.central_sums(x, center, weights, axes)
 
 
-def _central_sums(axes: FeatureAxes, x, center, weights, known: FirstPass | None):
-    if known is None:
-        return _over_devices(_local_sums, axes, x, weights, center)
-    n = _sums.total_weight(x, weights, axes)
-    return _about(center, n, known.mean, known.squares)
+def _central_sums(axes: FeatureAxes, x, center, weights, known: FirstPass):
+    return _about(center, _sums.total_weight(x, weights, axes), known)
 
 
 def _xla_cotangent_sums(axes: FeatureAxes, dy, x, mean, weights):
@@ -192,6 +210,8 @@ def _obstacle(x, feature_axes: FeatureAxes, weights, dtypes) -> str | None:
         return "there are no features."
     if weights is not None and any(weights.shape[axis] > 1 for axis in feature_axes):
         return "the weights vary along the features."
+    if any(isinstance(n, int) and n > _sums.INT32_MAX for n in x.shape):
+        return "an axis is longer than 2³¹ − 1."
     if not _spread.is_possible(x):
         return "the axes of the mesh are of different kinds."
     return None
@@ -237,21 +257,15 @@ class _Local(NamedTuple):
 
 
 def _local_moments(names, axes: FeatureAxes, x, weights):
-    mean, squares = _moments(axes, x, weights)
+    kernel = importlib.import_module("jaxbn_cpu").moments
+    known = FirstPass(*kernel(x, weights, feature_axes=axes))
     if not names:
-        return mean, squares
+        return known
     n = _sums.total_weight(x, weights, axes)
-    total, whole = _mesh.all_sum((n * mean, n), names)
+    total, whole = _mesh.all_sum((n * known.mean, n), names)
     center = total / _sums.divisor(whole)
-    _, squares = _about(center, n, mean, squares)
-    (squares,) = _mesh.all_sum((squares,), names)
-    return center, squares
-
-
-def _local_sums(names, axes: FeatureAxes, x, weights, center):
-    n = _sums.total_weight(x, weights, axes)
-    sums = _about(center, n, *_moments(axes, x, weights))
-    return _mesh.all_sum(sums, names) if names else sums
+    first, squares = _mesh.all_sum(_about(center, n, known), names)
+    return FirstPass(center, first / _sums.divisor(whole), squares)
 
 
 def _local_cotangent_sums(names, axes: FeatureAxes, x, weights, dy, mean):
@@ -265,11 +279,7 @@ def _local_input_cotangent(names, axes: FeatureAxes, x, weights, dy, mean, *vect
     return (kernel(dy, x, mean, *vectors, weights, feature_axes=axes),)
 
 
-def _about(center, n, mean, squares):
-    """The sums about another center, of data with these moments."""
-    offset = mean - center
-    return n * offset, squares + n * jnp.square(offset)
-
-
-def _moments(axes: FeatureAxes, x, weights) -> tuple[jax.Array, jax.Array]:
-    return importlib.import_module("jaxbn_cpu").moments(x, weights, feature_axes=axes)
+def _about(center, n, known: FirstPass) -> tuple[jax.Array, jax.Array]:
+    """Σwδ and Σw|δ|² about another center."""
+    offset = (known.mean - center) + known.rest
+    return n * offset, known.squares + n * jnp.square(offset)

@@ -1,5 +1,6 @@
 """Mean and variance of a batch: `moments`, and `merge_moments` to pool them."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -100,9 +101,19 @@ def moments(
     feature_axes = _axes.canonical(feature_axes, x.ndim)
     if weights is not None:
         weights = _axes.weights_like(weights, x, _dtypes.accumulation(x.dtype))
+    data = x, weights, _checked_shift(shift, x, feature_axes), feature_axes
     kernels = _kernels.choose(implementation, x, feature_axes, weights)
+    if kernels and axis_name is not None and shift is not None:
+        kernels = _kernels.unless_for_accelerators(kernels)
     over = axis_name, axis_index_groups
-    return _pooled(x, None, weights, shift, feature_axes, *over, kernels)
+    if not kernels:
+        return _pooled(_sums.central_sums, *data, *over)
+    known = _kernels.first_pass(kernels, *data[:3])
+
+    def central_sums(x, center, weights, _):
+        return _kernels.central_sums(kernels, x, center, weights, known)
+
+    return _pooled(central_sums, *data, *over, known.mean)
 
 
 def merge_moments(
@@ -164,7 +175,13 @@ def merge_moments(
             f"{mean.shape}. Name every stacked axis in `axis`, got {axis}."
         )
     weights = _axes.weights_like(weights, mean, _dtypes.accumulation(mean.dtype))
-    pooled = _pooled(mean, var, weights, shift, features, axis_name, None)
+
+    def central_sums(mean, center, weights, features):
+        sums = _sums.central_sums(mean, center, weights, features)
+        return *sums, _sums.weighted_sum(var, weights, features)
+
+    shift = _checked_shift(shift, mean, features)
+    pooled = _pooled(central_sums, mean, weights, shift, features, axis_name)
     if count.ndim == len(stacked):
         return pooled
     whole = jnp.broadcast_to(pooled.count, pooled.mean.shape)
@@ -179,58 +196,67 @@ def _leads(count: jax.Array, mean: jax.Array, stacked: tuple[int, ...]) -> bool:
 
 
 def _pooled(
+    central_sums: Callable[..., tuple[jax.Array, ...]],
     x: jax.Array,
-    within: jax.Array | None,
     weights: jax.Array | None,
-    shift: ArrayLike | None,
+    shift: jax.Array | None,
     feature_axes: tuple[int, ...],
     axis_name: _mesh.AxisName | None,
-    axis_index_groups: _mesh.Groups | None,
-    kernels: _kernels.Chosen | None = None,
+    axis_index_groups: _mesh.Groups | None = None,
+    known_mean: jax.Array | None = None,
 ) -> Moments:
-    """The moments of values, or of parts with mean `x` and variance `within`."""
+    """The moments of values, or of parts with mean `x`.
+
+    `central_sums(x, center, weights, feature_axes)` returns Σwδ, Σw|δ|² and, of parts,
+    the sum of their own variances. Where this device's `known_mean` costs nothing, it
+    is a better center than the shift.
+    """
     _mesh.require_bound(axis_name, axis_index_groups)
-    if shift is not None:
-        shift = _checked_shift(shift, x, feature_axes)
-        if axis_index_groups is None:  # A group's shift need only be its own.
-            _mesh.require_same_on_all("shift", shift, axis_name)
+    if shift is not None and axis_index_groups is None:
+        _mesh.require_same_on_all("shift", shift, axis_name)  # Or in each group.
 
     def all_sum(*sums):
         sums = _mesh.all_sum(sums, axis_name, axis_index_groups)
         return [checkpoint_name(s, "jaxbn_moments") for s in sums]
 
-    def central_sums(center):
-        if kernels:
-            return _kernels.central_sums(kernels, x, center, weights, known)
-        sums = _sums.central_sums(x, center, weights, feature_axes)
-        if within is None:
-            return sums
-        return *sums, _sums.weighted_sum(within, weights, feature_axes)
-
-    known = None
+    # The moments do not depend on the center, so neither does their derivative.
     count = _sums.total_weight(x, weights, feature_axes)
-    if shift is None:
-        # The moments do not depend on the center, so neither does their derivative.
-        if kernels:
-            known = _kernels.first_pass(kernels, x, weights)
-            total = known.total
-        else:
-            total = _sums.weighted_sum(lax.stop_gradient(x), weights, feature_axes)
-        total, count = all_sum(total, count)
-        center = total / _sums.divisor(count)
-        first, second, *inner = all_sum(*central_sums(center))
+    if shift is not None and known_mean is None:
+        center = shift
+        sums = central_sums(x, center, weights, feature_axes)
+        *sums, count = all_sum(*sums, count)
     else:
-        center = jnp.where(jnp.isfinite(shift), shift, 0)
-        first, second, *inner, count = all_sum(*central_sums(center), count)
+        center = known_mean
+        if known_mean is None or axis_name is not None:
+            if known_mean is None:
+                x_ = lax.stop_gradient(x)
+                total = _sums.weighted_sum(x_, weights, feature_axes)
+            else:
+                total = count * known_mean
+            total, count = all_sum(total, count)
+            center = total / _sums.divisor(count)
+        if shift is not None:
+            center = jnp.where(count > 0, center, shift)
+        sums = all_sum(*central_sums(x, center, weights, feature_axes))
+    return _from_sums(center, count, *sums)
 
+
+def _from_sums(
+    center: jax.Array,
+    count: jax.Array,
+    first: jax.Array,
+    second: jax.Array,
+    within: jax.Array | None = None,
+) -> Moments:
+    """The moments, of their sums about a center."""
     offset = first / _sums.divisor(count)
     # Where Σ|δ|² overflows, var is infinite, not inf − inf.
     excess = jnp.where(jnp.isfinite(second), _sums.squared(offset), 0)
     var = second / _sums.divisor(count) - excess
     # Not maximum(var, 0), whose derivative is halved where var is 0.
     var = jnp.where(var < 0, 0, var)
-    for part in inner:
-        var = var + part / _sums.divisor(count)
+    if within is not None:
+        var = var + within / _sums.divisor(count)
     return Moments(center + offset, var, count)
 
 
@@ -241,8 +267,11 @@ def whole_count(m: Moments) -> jax.Array:
     return _mesh.shard_like(jnp.broadcast_to(count, mean.shape), mean)
 
 
-def _checked_shift(shift, x, feature_axes) -> jax.Array:
+def _checked_shift(shift, x, feature_axes) -> jax.Array | None:
+    if shift is None:
+        return None
     shift = lax.stop_gradient(_dtypes.inexact_array("shift", shift))
     _dtypes.require_no_imaginary_loss("shift", shift, "x", x.dtype)
     _axes.require_features("shift", shift, x, feature_axes)
-    return shift.astype(_dtypes.widen(x).dtype)
+    shift = shift.astype(_dtypes.widen(x).dtype)
+    return jnp.where(jnp.isfinite(shift), shift, 0)

@@ -113,6 +113,24 @@ def checked_epsilon(epsilon: ArrayLike) -> jax.Array:
     return lax.stop_gradient(array)
 
 
+def inverse_deviation(var: jax.Array, epsilon: jax.Array) -> jax.Array:
+    """1 / √(var + epsilon)."""
+    return _rsqrt(var + epsilon.astype(var.dtype))
+
+
+@jax.custom_jvp
+def _rsqrt(x: jax.Array) -> jax.Array:
+    return lax.rsqrt(x)
+
+
+@_rsqrt.defjvp
+def _rsqrt_jvp(primals, tangents):
+    # One factor after the other: their product overflows where x is 1e-30, and is then
+    # infinity times 0 for a feature that is constant.
+    inv = _rsqrt(*primals)
+    return inv, -0.5 * tangents[0] * inv * inv * inv
+
+
 def normalize_shifted(
     x: jax.Array,
     mean: jax.Array,
@@ -133,7 +151,7 @@ def normalize_shifted(
     """
     vectors = (mean, var, scale, bias)
     mean, var, bias = (_dtypes.widen(v, x, *vectors) for v in (mean, var, bias))
-    k = lax.rsqrt(var + epsilon.astype(var.dtype))
+    k = inverse_deviation(var, epsilon)
     if scale is not None:
         k = k * _dtypes.widen(scale, x, *vectors)
     bias = _mesh.shard_like(bias, k)
@@ -160,7 +178,7 @@ def _named_apply(feature_axes: tuple[int, ...], dtype, has_scale: bool, has_bias
                 _dtypes.widen(vector, x, *vectors), feature_axes, x.ndim
             )
 
-        factor = lax.rsqrt(wide(var) + epsilon.astype(wide(var).dtype))
+        factor = inverse_deviation(wide(var), epsilon)
         if scale is not None:
             factor = factor * wide(scale)
         y = (_dtypes.widen(x, *vectors) - wide(mean)) * factor

@@ -23,10 +23,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxbn import _axes, _dtypes, _kernels, _mesh, _sums
-from jaxbn._normalize import normalize, normalize_shifted
+from jaxbn._normalize import inverse_deviation, normalize, normalize_shifted
 from jaxbn._platform import GPUS, Operation
 
 GPU_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -127,7 +126,7 @@ def _vjp_form_fwd(static: Static, x, scale, bias, given: Given):
 
 def _vjp_form_bwd(static: Static, residuals, c):
     x, scale, bias, given = residuals
-    inv, k = _factors(x, scale, given)
+    inv, k = factors(x, scale, given)
     vectors = scale, bias, inv, k, given
     if static.kernels:
         arrays = c, x, given.mean, given.weights
@@ -189,7 +188,7 @@ def _jvp_form_jvp(static: Static, primals, tangents):
 
 
 def _tangent(static: Static, x, scale, given: Given, dx, dscale, dbias):
-    inv, k = _factors(x, scale, given)
+    inv, k = factors(x, scale, given)
     n = _sums.divisor(given.count)
     x, dx, expand = _widened(static, x, dx, scale, given)
     wdx = _sums.times(dx, given.weights)
@@ -209,9 +208,9 @@ def _tangent(static: Static, x, scale, given: Given, dx, dscale, dbias):
     return dy.astype(static.dtype)
 
 
-def _factors(x, scale, given: Given) -> tuple[jax.Array, jax.Array]:
+def factors(x, scale, given: Given) -> tuple[jax.Array, jax.Array]:
     """inv and k."""
-    inv = lax.rsqrt(given.var + given.epsilon.astype(given.var.dtype))
+    inv = inverse_deviation(given.var, given.epsilon)
     return inv, inv if scale is None else inv * _dtypes.widen(scale, x)
 
 

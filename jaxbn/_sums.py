@@ -14,6 +14,7 @@ sum and `x - center` in the other: equal numbers, but two expressions.
 """
 
 from math import prod
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,24 +23,55 @@ from jax import lax
 from jaxbn import _axes, _dtypes
 
 FeatureAxes = tuple[int, ...]
+INT32_MAX = 2**31 - 1
 
 
 def total_weight(
     x: jax.Array, weights: jax.Array | None, feature_axes: FeatureAxes
 ) -> jax.Array:
-    """Σw: a scalar, or a feature vector where the weights vary along the features."""
+    """Σw: a scalar, or a feature vector where the weights have one for each feature."""
     dtype = _dtypes.accumulation(x.dtype)
     reduced = _axes.others(feature_axes, x.ndim)
     if weights is None:
-        return jnp.asarray(prod(_axes.lengths(x, reduced)), dtype)
-    # Counted before broadcasting, and booleans as integers: one by one, float32 stops
-    # counting at 2**24.
-    counted = weights.astype(jnp.int32) if weights.dtype == jnp.bool_ else weights
+        return _opaque(jnp.asarray(prod(_axes.lengths(x, reduced)), dtype))
+    # Counted before broadcasting.
     repeated = [axis for axis in reduced if weights.shape[axis] != x.shape[axis]]
-    total = counted.sum(reduced).astype(dtype) * prod(_axes.lengths(x, repeated))
-    if total.size == 1:
-        return total.reshape(())
-    return jnp.broadcast_to(total, _axes.lengths(x, feature_axes))
+    times = jnp.asarray(prod(_axes.lengths(x, repeated)), dtype)
+    total = _opaque(_counted(weights, reduced, dtype) * times)
+    features, own = (_axes.lengths(a, feature_axes) for a in (x, weights))
+    if own == features or any(n != 1 for n in own):
+        return jnp.broadcast_to(total, features)
+    return total.reshape(())
+
+
+def _counted(weights: jax.Array, reduced: FeatureAxes, dtype) -> jax.Array:
+    """Σw over the weights as they are; booleans as integers as far as these reach.
+
+    One by one, float32 stops counting at 2**24, and int32 at 2**31.
+    """
+    if weights.dtype != jnp.bool_:
+        return weights.sum(reduced)
+    lengths = _axes.lengths(weights, reduced)
+    if not _is_large(prod(lengths)):
+        return weights.sum(reduced, dtype=jnp.int32).astype(dtype)
+    longest = reduced[lengths.index(max(lengths))]
+    rest = tuple(axis for axis in reduced if axis != longest)
+    kind = dtype if _is_large(prod(_axes.lengths(weights, rest))) else jnp.int32
+    count = weights.sum(rest, keepdims=True, dtype=kind)
+    return count.sum(reduced, dtype=dtype)
+
+
+def _is_large(size: Any) -> bool:
+    """Whether int32 cannot count so far. A symbolic size is taken for a small one."""
+    return isinstance(size, int) and size > INT32_MAX
+
+
+def _opaque(count: jax.Array) -> jax.Array:
+    """`count`, of which XLA's compiler does not know that it is constant.
+
+    It would make a·a/n² of the square of a/n, and that overflows.
+    """
+    return lax.optimization_barrier(count)
 
 
 def weighted_sum(

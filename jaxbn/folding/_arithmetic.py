@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbn._normalize import inverse_deviation
+
 
 def affine(
     mean: jax.Array,
@@ -15,7 +17,7 @@ def affine(
     epsilon: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """A normalization as `a·x + c`: a = scale/√(var + ε), c = bias − mean·a."""
-    factor = jax.lax.rsqrt(var + epsilon.astype(var.dtype))
+    factor = inverse_deviation(var, epsilon)
     if scale is not None:
         factor = factor * scale
     offset = -mean * factor

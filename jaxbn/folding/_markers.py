@@ -116,7 +116,8 @@ def _step(step: Op, given: list) -> Role | None:
         return given[0]
     if _layout.is_layout(step):
         return _moved(step, *given[0])
-    result = STEPS.get((step.name, *(name for name, _ in given)))
+    name = _program.only_operation(step)
+    result = STEPS.get((name, *(name for name, _ in given)))
     vectors = {axes for name, axes in given if name not in ("x", "epsilon")}
     if result is None or not vectors:
         return None

@@ -127,6 +127,13 @@ def inner_program(op: Op) -> Program:
     return program_of(closed, len(closed.jaxpr.invars))
 
 
+def only_operation(op: Op) -> str:
+    """The name of an operation, or of the only one in a function with its own rule."""
+    called = op.params.get("call_jaxpr")
+    inside = called.jaxpr.eqns if op.name == "custom_jvp_call" else ()
+    return inside[0].primitive.name if len(inside) == 1 else op.name
+
+
 def make(
     name: str,
     inputs: Sequence[Value],

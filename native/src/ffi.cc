@@ -1,6 +1,6 @@
 // The kernels as calls of XLA's foreign function interface.
 //
-//   jaxbn_moments          x, weights -> mean, squares
+//   jaxbn_moments          x, weights -> mean, rest, squares
 //   jaxbn_cotangents       dy, x, weights, mean -> first, second
 //   jaxbn_input_cotangent  dy, x, weights, mean, k, c1, c0 -> dx
 //
@@ -43,12 +43,12 @@ ffi::Error with_type(const ffi::AnyBuffer& array, F f) {
 }
 
 ffi::Error moments(ffi::ThreadPool pool, ffi::AnyBuffer x, Floats weights,
-                   ffi::Result<Floats> mean, ffi::Result<Floats> squares,
-                   int64_t channels, int64_t inner) {
+                   ffi::Result<Floats> mean, ffi::Result<Floats> rest,
+                   ffi::Result<Floats> squares, int64_t channels, int64_t inner) {
   const jaxbn::Shape shape = shape_of(x, channels, inner);
   return with_type(x, [&](const auto* data) {
     jaxbn::moments(data, data_or_null(weights), shape, mean->typed_data(),
-                   squares->typed_data(), pool);
+                   rest->typed_data(), squares->typed_data(), pool);
     return ffi::Error::Success();
   });
 }
@@ -89,6 +89,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxbn_moments, moments,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<Floats>()
+                                  .Ret<Floats>()
                                   .Ret<Floats>()
                                   .Ret<Floats>()
                                   .Attr<int64_t>("channels")

@@ -118,10 +118,11 @@ Moments moments_of_slabs(const X* x, const float* weights, Shape shape) {
   return m;
 }
 
-// Mean and Σw|x - mean|². Weights are of shape (outer, inner), or null.
+// Mean, what rounding takes off it, and Σw|x - mean|². Weights are of shape
+// (outer, inner), or null.
 template <class X, class Pool>
-void moments(const X* x, const float* weights, Shape shape, float* mean, float* squares,
-             Pool& pool) {
+void moments(const X* x, const float* weights, Shape shape, float* mean, float* rest,
+             float* squares, Pool& pool) {
   if (shape.channels == 0) return;
   if (shape.inner == 0) shape.outer = 0;  // Nothing to read.
   auto parts = in_parts(shape, 1, pool, [=](int64_t begin, Shape part) {
@@ -132,7 +133,10 @@ void moments(const X* x, const float* weights, Shape shape, float* mean, float* 
   });
   Moments total(shape.channels);
   for (const Moments& part : parts) total.pool(part);
-  std::copy(total.mean.begin(), total.mean.end(), mean);
+  for (int64_t c = 0; c < shape.channels; ++c) {
+    mean[c] = static_cast<float>(total.mean[c]);
+    rest[c] = static_cast<float>(total.mean[c] - mean[c]);
+  }
   std::copy(total.squares.begin(), total.squares.end(), squares);
 }
 

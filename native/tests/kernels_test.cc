@@ -67,11 +67,13 @@ void check(jaxbn::Shape s, bool weighted, int threads, double far) {
     }
   }
   const float* weights = weighted ? w.data() : nullptr;
-  std::vector<float> mean(s.channels), squares(s.channels), again(s.channels);
+  std::vector<float> mean(s.channels), rest(s.channels);
+  std::vector<float> squares(s.channels), again(s.channels);
   std::vector<float> first(s.channels), second(s.channels);
   Pool pool{threads};
-  jaxbn::moments(x.data(), weights, s, mean.data(), squares.data(), pool);
-  jaxbn::moments(x.data(), weights, s, mean.data(), again.data(), pool);
+  jaxbn::moments(x.data(), weights, s, mean.data(), rest.data(), squares.data(),
+                 pool);
+  jaxbn::moments(x.data(), weights, s, mean.data(), rest.data(), again.data(), pool);
   jaxbn::cotangents(dy.data(), x.data(), weights, mean.data(), s, first.data(),
                     second.data(), pool);
 

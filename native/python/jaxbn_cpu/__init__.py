@@ -30,10 +30,10 @@ def moments(
     weights: "ArrayLike | None" = None,
     *,
     feature_axes: tuple[int, ...] = (-1,),
-) -> tuple[jax.Array, jax.Array]:
-    """Mean of each feature, and the sum of squares about it.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Mean of each feature, what rounding takes off it, and the sum of squares about it.
 
-        n = Σw      mean = Σwx / n      squares = Σw(x − mean)²
+        n = Σw      mean + rest = Σwx / n      squares = Σw(x − mean)²
 
     Summed in blocks that are pooled in float64 (Chan), so that the squares are exact
     for any ratio of mean to standard deviation; and the same to the bit in every run
@@ -47,8 +47,8 @@ def moments(
         last.
 
     Returns:
-      `(mean, squares)`, float32 with the shape of the feature axes; 0 where there is
-      no weight.
+      `(mean, rest, squares)`, float32 with the shape of the feature axes; 0 where there
+      is no weight. `mean + rest` has the digits that pooling moments far from 0 needs.
 
     Raises:
       TypeError: A dtype is another.
@@ -57,16 +57,16 @@ def moments(
     Example:
       >>> import jaxbn_cpu, jax.numpy as jnp
       >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
-      >>> mean, squares = jaxbn_cpu.moments(x)
-      >>> print(mean, squares)
-      [ 2. 20.] [  2. 200.]
+      >>> mean, rest, squares = jaxbn_cpu.moments(x)
+      >>> print(mean, rest, squares)
+      [ 2. 20.] [0. 0.] [  2. 200.]
 
     References:
       Chan, Golub and LeVeque, "Algorithms for computing the sample variance" (1983).
     """
     x = _checked(x, "x")
     axes = _checked_axes(feature_axes, x)
-    return _call("jaxbn_moments", axes, x, _checked_weights(weights, axes, x))
+    return _call("jaxbn_moments", axes, x, _checked_weights(weights, axes, x), number=3)
 
 
 def cotangents(
@@ -162,15 +162,22 @@ def input_cotangent(
     return _call("jaxbn_input_cotangent", axes, *operands, like=x)
 
 
-def _call(name: str, axes: tuple[int, ...], x: jax.Array, *rest: jax.Array, like=None):
-    """What a kernel makes of `x` and the rest: two vectors, or an array like `like`.
+def _call(
+    name: str,
+    axes: tuple[int, ...],
+    x: jax.Array,
+    *rest: jax.Array,
+    number: int = 2,
+    like: jax.Array | None = None,
+):
+    """What a kernel makes of `x` and the rest: vectors, or an array like `like`.
 
     Arrays are handed on in the shape that they have: reshaped for the call, bfloat16
     may be copied, and what computes `x` loops over its elements in another shape.
     """
     first = axes[0] if axes else x.ndim
     features, inner = x.shape[first : first + len(axes)], x.shape[first + len(axes) :]
-    out = (jax.ShapeDtypeStruct(features, jnp.float32),) * 2
+    out = (jax.ShapeDtypeStruct(features, jnp.float32),) * number
     if like is not None:
         out = jax.ShapeDtypeStruct(like.shape, like.dtype)
     call = jax.ffi.ffi_call(name, out, vmap_method="sequential")
