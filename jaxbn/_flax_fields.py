@@ -1,7 +1,7 @@
 """What the linen and the nnx module share: from Flax's fields to a layer."""
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -74,6 +74,11 @@ def as_dict(**arrays: jax.Array | None) -> dict[str, jax.Array]:
 
 def as_inexact(x: Any) -> jax.Array:
     """`x` as an array; integers as float32, as Flax takes them."""
+    if isinstance(x, (tuple, list, Mapping)):  # JAX would stack what it can.
+        raise TypeError(
+            f"`x` must be an array, got a {type(x).__name__} of {len(x)}. If a batch "
+            "has several parts, call the model with one of them."
+        )
     x = jnp.asarray(x)
     return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
 

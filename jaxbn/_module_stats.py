@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxbn import _dtypes
 from jaxbn._running_stats import RunningStats
@@ -42,8 +43,25 @@ def as_running_stats(values: Mapping[str, Any]) -> RunningStats:
     return RunningStats(**{"step": jnp.zeros((), jnp.int32)} | arrays)
 
 
+def as_kept(old: Mapping[str, Any], stats: RunningStats) -> dict[str, jax.Array]:
+    """The inverse: under the names, in the shapes and dtypes that a layer has."""
+    new = stats._asdict()
+    if "std" in old:
+        new["std"] = jnp.sqrt(_dtypes.widen(jnp.asarray(new.pop("var"))))
+    # Arrays of their own: they may be donated, and `stats` live on.
+    return {
+        name: jnp.array(
+            jnp.broadcast_to(value, np.shape(old[name])),
+            jnp.asarray(old[name]).dtype,
+            copy=True,
+        )
+        for name, value in new.items()
+        if name in old
+    }
+
+
 def replaced(name: str, old: Mapping[str, Any], stats: Any) -> dict[str, jax.Array]:
-    """A layer's arrays with other statistics in them, in the dtypes that they had.
+    """A layer's arrays with other statistics in them.
 
     Steps do not go back: what depends on them (schedules, debiasing) goes on.
     """
@@ -51,24 +69,17 @@ def replaced(name: str, old: Mapping[str, Any], stats: Any) -> dict[str, jax.Arr
         raise TypeError(
             f"`stats[{name!r}]` is {type(stats).__name__}, expected a `RunningStats`."
         )
-    shape = jnp.shape(old["mean"])
-    if jnp.shape(stats.mean) != shape or jnp.shape(stats.var) != shape:
+    shape = np.shape(old["mean"])
+    if np.shape(stats.mean) != shape or np.shape(stats.var) != shape:
         raise ValueError(
-            f"`stats[{name!r}]` has features of shape {jnp.shape(stats.mean)}, but "
+            f"`stats[{name!r}]` has features of shape {np.shape(stats.mean)}, but "
             f"the layer has {shape}. Take them from the same model."
         )
     mean, own = jnp.asarray(stats.mean), jnp.asarray(old["mean"])
     _dtypes.require_no_imaginary_loss(f"stats[{name!r}].mean", mean, "mean", own.dtype)
-    new: dict[str, jax.Array] = {"mean": mean, "var": jnp.asarray(stats.var)}
-    if "std" in old:
-        new["std"] = jnp.sqrt(_dtypes.widen(new.pop("var")))
     if "step" in old:
-        new["step"] = jnp.maximum(jnp.asarray(old["step"]), stats.step)
-    # Arrays of their own: variables may be donated, and `stats` live on.
-    return {
-        key: jnp.array(v, jnp.asarray(old[key]).dtype, copy=True)
-        for key, v in new.items()
-    }
+        stats = stats._replace(step=jnp.maximum(jnp.asarray(old["step"]), stats.step))
+    return as_kept(old, stats)
 
 
 def require_same_layers(given: Mapping[str, Any], own: Mapping[str, Any]) -> None:

@@ -423,3 +423,63 @@ def test_nothing_holds_variables_of_linen(how):
     del variables, stats, f, call
     gc.collect()
     assert not any(ref() is not None for ref in kept)
+
+
+# What it is given
+
+
+Y = jnp.arange(8)
+PAIRS = {
+    "tuples": [(x, Y) for x in BATCHES[:2]],
+    "lists": [[x, Y] for x in BATCHES[:2]],
+    "dicts": [{"image": x, "label": Y} for x in BATCHES[:2]],
+    "pairs of one shape": [(x, x) for x in BATCHES[:2]],
+}
+
+
+def first_of(batch):
+    return batch["image"] if isinstance(batch, dict) else batch[0]
+
+
+def functions_of_parts(kind, method=None):
+    own = {} if method is None else {"method": method}
+    if kind == "nnx":
+        return jaxbn.nnx.moments_fn(Configured(), **own)
+    net = jaxbn.linen.BatchNorm(False)
+    return jaxbn.linen.moments_fn(net, net.init(KEY, BATCHES[0]), **own)
+
+
+@both
+@pytest.mark.parametrize("pairs", PAIRS)
+@pytest.mark.parametrize("function", [collect, recalibrate])
+def test_batches_of_several_parts(kind, pairs, function):
+    """The error is the model's own, and says what to do."""
+    with pytest.raises(TypeError) as raised:
+        function(functions_of_parts(kind), PAIRS[pairs])
+    (note,) = raised.value.__notes__[-1:]
+    of = "dict of ['image', 'label']" if pairs == "dicts" else "of 2"
+    assert "batch that `moments_fn` was given is a " in note
+    assert of in note
+    assert "`method=lambda model, batch: model(batch[0])`" in note
+    assert "(x for x, _ in batches)" in note
+    method = lambda model, batch: model(first_of(batch))
+    function(functions_of_parts(kind, method), PAIRS[pairs])
+    function(functions_of_parts(kind), map(first_of, PAIRS[pairs]))
+
+
+def test_an_error_of_one_array_has_no_such_note():
+    with pytest.raises(ValueError, match="is for features of shape") as raised:
+        collect(functions_of_parts("linen"), [BATCHES[0][:, :3]])
+    assert "`moments_fn` was given" not in "".join(
+        getattr(raised.value, "__notes__", [])
+    )
+
+
+@pytest.mark.parametrize("x", [(BATCHES[0], BATCHES[0]), [[1.0, 2.0]], {"x": Y}])
+def test_a_module_takes_no_container_for_an_array(x):
+    """JAX would stack arrays of one shape, and all would be normalized together."""
+    net = jaxbn.linen.BatchNorm(False)
+    module = jaxbn.nnx.BatchNorm(16, rngs=nnx.Rngs(0))
+    for call in (lambda: net.init(KEY, x), lambda: module(x)):
+        with pytest.raises(TypeError, match="`x` must be an array, got a "):
+            call()

@@ -4,15 +4,21 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxbn._moments import Moments, whole_count
-from jaxbn._running_stats import RunningStats, update
+from jaxbn._running_stats import update
 from jaxbn.layers._mixture import prior_share
-from jaxbn.population._trees import map_layers, require_same_layers
+from jaxbn.population._trees import (
+    State,
+    as_state,
+    as_stats,
+    map_layers,
+    require_same_layers,
+    without_groups,
+)
 
 
 def adapt(
@@ -39,18 +45,21 @@ def adapt(
     inference needs no `adapt`, and the moments measured in it are the right ones here.
 
     Args:
-      stats: A tree of `RunningStats`, the old ones: from `jaxbn.linen.running_stats` or
-        `jaxbn.nnx.running_stats`.
-      moments: A tree of `Moments` of the same layers, from `moments_fn` or `collect`.
+      stats: A tree of the layers' states, the old ones: `RunningStats`, as from
+        `jaxbn.linen.running_stats` or `jaxbn.nnx.running_stats`, or `RenormStats`,
+        whose std is taken for √var. Layers may be stacked, as by `jax.vmap`.
+      moments: A tree of `Moments` of the same layers, from `moments_fn` or `collect`,
+        or as the layers' `forward` returns them.
       pseudo_samples: N, 0 or more; infinite leaves the statistics as they are.
       samples: n, how many examples `moments` are of. Needed if N is not 0: the counts
         of a convolution's moments are of positions, not of examples.
 
     Returns:
-      A tree of `RunningStats` like `stats`. What has no weight in `moments` stays.
+      A tree like `stats`, of the same kinds, shapes and dtypes. What has no weight in
+      `moments` stays.
 
     Raises:
-      TypeError: A tree has other leaves.
+      TypeError: A tree has other leaves, or moments are complex and `stats` real.
       ValueError: The trees are of different layers or features, `pseudo_samples` or
         `samples` are negative, or `samples` are needed.
 
@@ -72,11 +81,13 @@ def adapt(
     require_same_layers(stats, moments)
     kept = _kept(pseudo_samples, samples)
 
-    def adapted(old: RunningStats, m: Moments) -> RunningStats:
+    def adapted(old: State, m: Moments) -> State:
         moved = functools.partial(update, momentum=kept)
-        for _ in range(jnp.ndim(old.step)):  # One for each domain.
+        for _ in range(np.ndim(old.step)):  # One for each stacked layer, or domain.
             moved = jax.vmap(moved)
-        return moved(old, m._replace(count=whole_count(m)))
+        m = without_groups(m, old)
+        new = moved(as_stats(old), m._replace(count=whole_count(m)))
+        return as_state(old, new)
 
     return map_layers(adapted, stats, moments)
 

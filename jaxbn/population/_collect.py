@@ -1,6 +1,7 @@
 """The moments of a whole data set, batch by batch."""
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,6 +10,12 @@ import numpy as np
 
 from jaxbn._moments import Moments, merge_moments, whole_count
 from jaxbn.population._trees import map_layers, named_layers
+
+OF_PARTS = (
+    "The batch that `moments_fn` was given is a {}. If the model takes a part of it, "
+    "give it that part: pass `(x for x, _ in batches)`, or make `moments_fn` with "
+    "`method=lambda model, batch: model(batch[0])`."
+)
 
 
 def collect(moments_fn: Callable[[Any], Any], batches: Iterable[Any]) -> Any:
@@ -44,7 +51,23 @@ def collect(moments_fn: Callable[[Any], Any], batches: Iterable[Any]) -> Any:
     References:
       Chan, Golub and LeVeque, "Algorithms for computing the sample variance" (1983).
     """
-    return pool(moments_fn, batches)[1]
+    return pool(partial(measured, moments_fn), batches)[1]
+
+
+def measured(moments_fn: Callable[[Any], Any], batch: Any) -> Any:
+    """What `moments_fn` returns; where it fails on a batch of parts, a word on that."""
+    try:
+        return moments_fn(batch)
+    except Exception as error:
+        if isinstance(batch, (tuple, list, Mapping)):
+            error.add_note(OF_PARTS.format(_described(batch)))
+        raise
+
+
+def _described(batch: tuple | list | Mapping) -> str:
+    if isinstance(batch, Mapping):
+        return f"dict of {sorted(map(str, batch))}"
+    return f"{type(batch).__name__} of {len(batch)}"
 
 
 def pool(moments_fn: Callable[[Any], Any], batches: Iterable[Any]) -> tuple[int, Any]:
@@ -80,13 +103,24 @@ def _merged(first: Any, second: Any) -> Any:
             "`moments_fn` returned other layers for one batch than for another: "
             f"{structures[0]} and {structures[1]}."
         )
+    shapes = [[np.shape(m.mean) for m in _moments_in(t)] for t in (first, second)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            "`moments_fn` returned moments of other shapes for one batch than for "
+            f"another: {shapes[0]} and {shapes[1]}. If they are of groups, pool them "
+            "there by `jaxbn.merge_moments`."
+        )
     return _merge_pair(first, second)
+
+
+def _moments_in(tree: Any) -> list[Moments]:
+    return list(named_layers("moments_fn(batch)", tree, Moments).values())
 
 
 @jax.jit
 def _merge_pair(first: Any, second: Any) -> Any:
     def merge(a: Moments, b: Moments) -> Moments:
-        if jnp.shape(a.count) != jnp.shape(b.count):
+        if np.shape(a.count) != np.shape(b.count):
             a, b = (m._replace(count=whole_count(m)) for m in (a, b))
         return merge_moments(jax.tree.map(lambda *both: jnp.stack(both), a, b))
 

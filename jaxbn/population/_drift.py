@@ -8,7 +8,14 @@ import jax.numpy as jnp
 from jaxbn import _dtypes
 from jaxbn._moments import Moments, whole_count
 from jaxbn._running_stats import RunningStats
-from jaxbn.population._trees import map_layers, require_same_layers
+from jaxbn.layers import RenormStats
+from jaxbn.population._trees import (
+    State,
+    as_stats,
+    map_layers,
+    require_same_layers,
+    without_groups,
+)
 
 
 class Drift(NamedTuple):
@@ -57,10 +64,12 @@ def drift(stats: Any, moments: Any, *, epsilon: float = 1e-5) -> Any:
     normalization with mean d and variance r instead of 0 and 1.
 
     Args:
-      stats: A tree of `RunningStats`, one for each layer.
+      stats: A tree of the layers' states: `RunningStats`, or `RenormStats`, whose std
+        is taken for √var.
       moments: A tree of `Moments` of the same layers, from `moments_fn` or `collect`.
         To watch a network as it is used, measure them at inference.
-      epsilon: Added to variances, as by the layers.
+      epsilon: Added to variances, as by the layers; those of a `RenormStats` and of its
+        layer's moments include it already.
 
     Returns:
       A tree of `Drift` with arrays of the shape of the features. A pure function, to be
@@ -83,8 +92,10 @@ def drift(stats: Any, moments: Any, *, epsilon: float = 1e-5) -> Any:
     """
     require_same_layers(stats, moments)
 
-    def of_layer(old: RunningStats, m: Moments) -> Drift:
-        return _drift(old, m, epsilon)
+    def of_layer(old: State, m: Moments) -> Drift:
+        # (A renorm's variances include it.)
+        own = 0.0 if isinstance(old, RenormStats) else epsilon
+        return _drift(as_stats(old), without_groups(m, old), own)
 
     return map_layers(of_layer, stats, moments)
 

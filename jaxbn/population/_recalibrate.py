@@ -9,8 +9,14 @@ import jax.numpy as jnp
 from jaxbn import _mesh
 from jaxbn._moments import Moments, whole_count
 from jaxbn._running_stats import RunningStats, init_stats, update
-from jaxbn.population._collect import pool
-from jaxbn.population._trees import map_layers, require_weight
+from jaxbn.population._collect import measured, pool
+from jaxbn.population._trees import (
+    as_state,
+    map_layers,
+    require_same_layers,
+    require_weight,
+    without_groups,
+)
 
 ESTIMATORS = ("pooled", "average")
 REMEDY = (
@@ -23,6 +29,7 @@ def recalibrate(
     moments_fn: Callable[[Any], Any],
     batches: Iterable[Any],
     *,
+    stats: Any = None,
     estimator: str = "pooled",
     unbiased: bool = False,
 ) -> Any:
@@ -45,21 +52,26 @@ def recalibrate(
         may be compiled, and batches may be sharded over devices and processes.
       batches: Any iterable of what `moments_fn` takes; `tqdm(batches)` shows progress.
         One batch is in memory at a time.
+      stats: A tree of the states that the layers have now, with those layers that
+        `moments_fn` returns: the result is of their kinds, shapes and dtypes. Layers of
+        `jaxbn.layers` need it (`renorm`, `domain`, stacked ones); `jaxbn.linen` and
+        `jaxbn.nnx` do the same in `load_stats`.
       estimator: "pooled" weighs every example alike, and includes the variance between
         batches. "average" weighs every batch alike, and leaves it out.
       unbiased: Take variances times n/(n − 1), with n of all the data or, for
         "average", of each batch.
 
     Returns:
-      A tree of `RunningStats` like the one that `moments_fn` returns; `step` is the
-      number of batches. `jaxbn.linen.load_stats` and `jaxbn.nnx.load_stats` put it into
-      a model.
+      A tree of `RunningStats` like the one that `moments_fn` returns, or one like
+      `stats`; each `step` is the number of batches. `jaxbn.linen.load_stats` and
+      `jaxbn.nnx.load_stats` put it into a model.
 
     Raises:
-      TypeError: What `moments_fn` returns has other leaves than `Moments`, or `batches`
-        is an array or a dict.
+      TypeError: What `moments_fn` returns has other leaves than `Moments`, `stats` has
+        others than states, or `batches` is an array or a dict.
       ValueError: There is no batch, a layer has seen no data, batches have different
-        layers, or there is no such `estimator`.
+        layers, `stats` are of other layers or features, or there is no such
+        `estimator`.
 
     Example:
       >>> import jaxbn, jax.numpy as jnp
@@ -67,6 +79,13 @@ def recalibrate(
       >>> stats = jaxbn.population.recalibrate(jaxbn.moments, batches)
       >>> print(stats.mean, stats.var, stats.step)
       [5.] [8.] 2
+      >>> layer = jaxbn.layers.renorm(epsilon=0.0)
+      >>> params, state = layer.init(1)
+      >>> def measure(x):
+      ...     return layer.forward(params, state, x, training=True)[1]
+      >>> new = jaxbn.population.recalibrate(measure, batches, stats=state)
+      >>> print(new.mean, new.std.round(2), new.step)
+      [5.] [2.83] 2
 
     References:
       Wu and Johnson, "Rethinking 'Batch' in BatchNorm" (2021), section 3. Ioffe and
@@ -82,9 +101,16 @@ def recalibrate(
         fresh = jax.tree.map(_mesh.shard_like, fresh, like)
         return update(fresh, m, momentum=0.0, unbiased=unbiased)
 
+    def found(batch: Any) -> Any:
+        moments = measured(moments_fn, batch)
+        if stats is None:
+            return moments
+        require_same_layers(stats, moments)
+        return map_layers(without_groups, moments, stats)
+
     def apart(batch: Any) -> tuple[Any, Any]:
-        found = moments_fn(batch)
-        return map_layers(mean_of, found), map_layers(var_of, found)
+        moments = found(batch)
+        return map_layers(mean_of, moments), map_layers(var_of, moments)
 
     def mean_of(m: Moments) -> Moments:
         return _one(stats_of(m).mean, m)
@@ -93,15 +119,15 @@ def recalibrate(
         return _one(stats_of(m).var, m)
 
     if estimator == "pooled":
-        number, moments = pool(moments_fn, batches)
+        number, moments = pool(found, batches)
         require_weight(moments, REMEDY)
-        stats = map_layers(stats_of, moments)
+        new = map_layers(stats_of, moments)
     else:
         number, (means, variances) = pool(apart, batches)
         require_weight(means, REMEDY)
-        stats = map_layers(_averaged, means, variances)
-    step = jnp.asarray(number, jnp.int32)
-    return map_layers(lambda s: s._replace(step=step), stats)
+        new = map_layers(_averaged, means, variances)
+    new = map_layers(lambda s: s._replace(step=jnp.int32(number)), new)
+    return map_layers(as_state, new if stats is None else stats, new)
 
 
 def _one(statistic: jax.Array, m: Moments) -> Moments:

@@ -1,4 +1,4 @@
-"""Trees of moments and of statistics, layer by layer."""
+"""Trees of moments and of layers' states, layer by layer."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -7,20 +7,24 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from jaxbn._moments import Moments
+from jaxbn import _dtypes, _module_stats
+from jaxbn._moments import Moments, merge_moments, whole_count
 from jaxbn._running_stats import RunningStats
+from jaxbn.layers import RenormStats
 
-KINDS = (Moments, RunningStats)
+State = RunningStats | RenormStats
+STATES = (RunningStats, RenormStats)
 
 
-def named_layers(name: str, tree: Any, kind: type) -> dict[str, Any]:
+def named_layers(name: str, tree: Any, *kinds: type) -> dict[str, Any]:
     """The layers of a tree, by their paths; refused where a leaf is of another kind."""
     found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_layer)
     for path, leaf in found:
-        if not isinstance(leaf, kind):
+        if not isinstance(leaf, kinds):
+            expected = " or ".join(f"`{kind.__name__}`" for kind in kinds)
             raise TypeError(
                 f"`{name}{jax.tree_util.keystr(path)}` is {type(leaf).__name__}, "
-                f"expected a tree of `{kind.__name__}`, one for each layer."
+                f"expected a tree of {expected}, one for each layer."
             )
     if not found:
         raise ValueError(
@@ -34,9 +38,30 @@ def map_layers(function: Callable, tree: Any, *rest: Any) -> Any:
     return jax.tree.map(function, tree, *rest, is_leaf=_is_layer)
 
 
+def as_stats(state: State) -> RunningStats:
+    """A layer's state as a mean and a variance: of a renorm's, its std squared."""
+    return _module_stats.as_running_stats(state._asdict())
+
+
+def as_state(like: State, stats: RunningStats) -> Any:
+    """The inverse: a state of the kind, the shapes and the dtypes of `like`."""
+    return type(like)(**_module_stats.as_kept(like._asdict(), stats))
+
+
+def without_groups(m: Moments, state: State) -> Moments:
+    """The moments as a state has them: those of a layer's groups pooled, if it has any.
+
+    So are those of a ghost batch norm with `update_per_group`.
+    """
+    if not _has_groups(m, state):
+        return m
+    whole = m._replace(count=whole_count(m))
+    return merge_moments(whole, np.ndim(state.step))  # After stacked layers.
+
+
 def require_same_layers(stats: Any, moments: Any) -> None:
-    """Refuses statistics and moments that are not of the same layers."""
-    ours = named_layers("stats", stats, RunningStats)
+    """Refuses states and moments that are not of the same layers."""
+    ours = named_layers("stats", stats, *STATES)
     theirs = named_layers("moments", moments, Moments)
     if set(ours) != set(theirs):
         raise ValueError(
@@ -50,12 +75,22 @@ def require_same_layers(stats: Any, moments: Any) -> None:
             f"{places[1]}. Make them alike, for example dicts by the layers' paths."
         )
     for name, own in ours.items():
-        if own.mean.shape != theirs[name].mean.shape:
+        found = np.shape(theirs[name].mean)
+        if np.shape(own.mean) != found and not _has_groups(theirs[name], own):
             raise ValueError(
-                f"`moments` of layer {name!r} have features of shape "
-                f"{theirs[name].mean.shape}, `stats` of {own.mean.shape}. Take both "
-                "from the same model."
+                f"`moments` of layer {name!r} have features of shape {found}, `stats` "
+                f"of {np.shape(own.mean)}. Take both from the same model."
             )
+        _dtypes.require_no_imaginary_loss(
+            f"moments of layer {name!r}", theirs[name].mean, "stats", own.mean.dtype
+        )
+
+
+def _has_groups(m: Moments, state: State) -> bool:
+    """Whether the moments have one axis more, behind those of stacked layers."""
+    shape, axis = np.shape(m.mean), np.ndim(state.step)
+    fits = (*shape[:axis], *shape[axis + 1 :]) == np.shape(state.mean)
+    return fits and len(shape) > np.ndim(state.mean)
 
 
 def require_weight(moments: Any, remedy: str) -> None:
@@ -84,4 +119,4 @@ def path_name(path: Iterable[Any]) -> str:
 
 
 def _is_layer(node: Any) -> bool:
-    return isinstance(node, KINDS)
+    return isinstance(node, (Moments, *STATES))
