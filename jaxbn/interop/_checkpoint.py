@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._running_stats import RunningStats
-from jaxbn.interop import _checks
+from jaxbn.interop import _checks, _trees, _values
 
 Arrays = Mapping[str, Any]
 Found = dict[str, Any]
@@ -24,7 +24,7 @@ def read(arrays: Arrays, names: Mapping[str, str], at: str = "") -> Found:
     """The arrays by our names, as NumPy's. None is an array that is not there."""
     _checks.require_keys(arrays, names, at)
     found = {
-        ours: leaf(at + theirs, arrays[theirs])
+        ours: _values.leaf(at + theirs, arrays[theirs])
         for theirs, ours in names.items()
         if arrays.get(theirs) is not None
     }
@@ -32,31 +32,39 @@ def read(arrays: Arrays, names: Mapping[str, str], at: str = "") -> Found:
     return found
 
 
-def given(params: Any, stats: RunningStats) -> Found:
-    """Parameters and statistics of a layer as one dict of NumPy arrays, checked."""
+def given(params: Any, stats: RunningStats, spread: str = "var") -> Found:
+    """Parameters and statistics of a layer as one dict of NumPy arrays, checked.
+
+    `spread` is what the variance was made of, as errors have it.
+    """
     if not isinstance(stats, RunningStats):
         raise TypeError(
             f"`stats` must be a `RunningStats`, got {type(stats).__name__}. Pass what "
             "`jaxbn.layers.standard` has for its state."
         )
-    if not isinstance(params, Mapping):
-        raise TypeError(f"`params` must be a dict, got {type(params).__name__}.")
+    _trees.require_dict("params", params)
     unknown = sorted(set(params) - {"scale", "bias"})
     if unknown:
         raise ValueError(f"`params` may have 'scale' and 'bias', got also {unknown}.")
     keys = {name: f"params[{name!r}]" for name in params}
     keys |= {name: f"stats.{name}" for name in RunningStats._fields}
+    keys["var"] = f"stats.{spread}"
     arrays = {**params, **stats._asdict()}
-    found = {name: leaf(keys[name], arrays[name]) for name in arrays}
+    found = {name: _values.leaf(keys[name], arrays[name]) for name in arrays}
     _checks.require_layer(keys, found)
     return found
 
 
-def layer_state(found: Found) -> Converted:
+def layer_state(found: Found, names: Mapping[str, str], at: str = "") -> Converted:
     """What was read, as the parameters and statistics of a layer."""
-    params = {n: jnp.asarray(found[n]) for n in ("scale", "bias") if n in found}
-    mean, var = jnp.asarray(found["mean"]), jnp.asarray(found["var"])
-    return params, RunningStats(mean, var, jnp.asarray(found.get("step", 0), jnp.int32))
+    made = {
+        ours: _values.to_device(at + theirs, found[ours])
+        for theirs, ours in names.items()
+        if ours in found and ours != "step"
+    }
+    params = {name: made[name] for name in ("scale", "bias") if name in made}
+    step = jnp.asarray(found.get("step", 0), jnp.int32)
+    return params, RunningStats(made["mean"], made["var"], step)
 
 
 def tracked(
@@ -75,28 +83,9 @@ def tracked(
     _checks.require_conversion(key, unbiased, to_unbiased, count, as_it_is)
     if count is None:
         return {**found}
-    bessel = count / (count - 1)
+    bessel = float(count) / (float(count) - 1)
     var = found["var"]
-    return {**found, "var": var * bessel if to_unbiased else var / bessel}
-
-
-def leaf(key: str, value: Any) -> np.ndarray:
-    """An array of numbers as NumPy has it, in float32 where it was narrower."""
-    try:
-        if hasattr(value, "unbox"):  # Flax's, with metadata around it.
-            value = value.unbox()
-        if hasattr(value, "detach"):  # torch's: NumPy takes none that has a gradient,
-            value = value.detach().cpu()
-            if str(value.dtype) == "torch.bfloat16":  # and none in bfloat16.
-                value = value.float()
-        array = np.asarray(value)
-    except Exception as error:
-        # Another library's own: of a meta tensor, of an array that was deleted.
-        raise TypeError(
-            f"`{key}` must be an array with known values, got {type(value).__name__}: "
-            f"{error}"
-        ) from error
-    if not jnp.issubdtype(array.dtype, jnp.number) and array.dtype != np.bool_:
-        raise TypeError(f"`{key}` must be an array of numbers, got {value!r}.")
-    narrow = jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.itemsize < 4
-    return array.astype(np.float32) if narrow else array
+    with np.errstate(over="ignore"):
+        converted = var * bessel if to_unbiased else var / bessel
+    _values.require_finite(key, converted, var)
+    return {**found, "var": converted}

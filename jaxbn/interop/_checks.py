@@ -1,5 +1,7 @@
 """What is refused in a checkpoint or an option, and how it is said."""
 
+import operator
+import reprlib
 from collections.abc import Mapping
 from numbers import Real
 from typing import Any
@@ -7,17 +9,16 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbn.interop import _trees
+
 
 def require_keys(arrays: Any, names: Mapping[str, str], at: str) -> None:
     """Refuses what lacks the statistics, or has what is not known."""
-    if not isinstance(arrays, Mapping):
-        raise TypeError(
-            f"`{at or 'arrays'}` must be a dict of arrays with the keys {list(names)}, "
-            f"got {type(arrays).__name__}."
-        )
+    what = f"a dict of arrays with the keys {list(names)}"
+    _trees.require_dict(at or "arrays", arrays, what)
     present = {key for key, value in arrays.items() if value is not None}
     needed = {theirs for theirs, ours in names.items() if ours in ("mean", "var")}
-    missing, unknown = sorted(needed - present), sorted(present - set(names), key=str)
+    missing, unknown = sorted(needed - present), sorted(present - set(names))
     if missing or unknown:
         raise ValueError(
             f"Not the arrays of one batch norm: {[at + k for k in missing]} missing, "
@@ -31,19 +32,38 @@ def require_layer(keys: Mapping[str, str], found: Mapping[str, np.ndarray]) -> N
     shape = found["mean"].shape
     for name, array in found.items():
         if name == "step":
-            _require_count(keys[name], array)
-        elif not jnp.issubdtype(array.dtype, jnp.inexact):
-            raise TypeError(f"`{keys[name]}` must be floating, got {array.dtype}.")
-        elif array.shape != shape:
+            require_count(keys[name], array)
+            continue
+        require_floating(keys[name], array)
+        if array.shape != shape:
             raise ValueError(
                 f"`{keys[name]}` has shape {array.shape}, but `{keys['mean']}` "
                 f"{shape}: all must be of the same features."
             )
     require_at_least_0(keys["var"], found["var"])
-    if not np.all(np.isfinite(found["mean"])):
+    for name, array in found.items():
+        if not np.all(np.isfinite(array)):
+            of_data = ", or measure the statistics anew, by `jaxbn.population`"
+            raise ValueError(
+                f"`{keys[name]}` has NaN or infinity: the checkpoint is damaged. Take "
+                f"an earlier one{of_data if name == 'mean' else ''}."
+            )
+
+
+def require_floating(key: str, array: np.ndarray) -> None:
+    """Refuses whole numbers and truth values."""
+    if not jnp.issubdtype(array.dtype, jnp.inexact):
+        raise TypeError(f"`{key}` must be floating, got {array.dtype}.")
+
+
+def require_count(key: str, array: np.ndarray) -> None:
+    """Refuses what no number of updates can be."""
+    whole = array.shape == () and not np.iscomplexobj(array)
+    if not whole or not 0 <= array < 2**31 or array % 1 != 0:
+        stacked = " Of stacked layers, index the first axis." if array.ndim else ""
         raise ValueError(
-            f"`{keys['mean']}` has NaN or infinity: the checkpoint is damaged. Take an "
-            "earlier one, or measure the statistics anew, by `jaxbn.population`."
+            f"`{key}` must be a whole number from 0 to 2³¹ − 1, got "
+            f"{reprlib.repr(array.tolist())}.{stacked}"
         )
 
 
@@ -82,22 +102,51 @@ def require_step(found: Mapping[str, Any], library: str) -> None:
         )
 
 
-def require_share(name: str, value: Any, *, below_1: bool = False) -> None:
-    """Refuses a momentum that is no number from 0 to 1."""
-    known = isinstance(value, Real) and not isinstance(value, bool)
-    if not known or not 0 <= float(value) <= 1:
-        raise ValueError(f"`{name}` must be a number from 0 to 1, got {value!r}.")
-    if below_1 and value == 1:
+def require_share(name: str, value: Any, *, below_1: bool = False) -> float:
+    """The momentum as Python's number. Refuses what is none from 0 to 1."""
+    share = _number(value)
+    if not 0 <= share <= 1:
+        raise ValueError(
+            f"`{name}` must be a number from 0 to 1, got {reprlib.repr(value)}."
+        )
+    if below_1 and share == 1:
         raise ValueError(
             f"`{name}` must be below 1, got {value!r}: a debiased average of decay 1 "
             "is divided by 0. A plain average is `jaxbn.cumulative()`."
         )
+    return share
 
 
-def require_not_negative(name: str, value: Any) -> None:
-    """Refuses an epsilon below 0."""
-    if not isinstance(value, Real) or not float(value) >= 0:
-        raise ValueError(f"`{name}` must be a number of at least 0, got {value!r}.")
+def require_not_negative(name: str, value: Any) -> float:
+    """The epsilon as Python's number. Refuses what is below 0 or not finite."""
+    number = _number(value)
+    if not 0 <= number < np.inf:
+        raise ValueError(
+            f"`{name}` must be a number of at least 0, got {reprlib.repr(value)}."
+        )
+    return number
+
+
+def require_flags(**flags: Any) -> None:
+    """Refuses what is neither True nor False."""
+    for name, value in flags.items():
+        if not isinstance(value, (bool, np.bool_)):
+            raise TypeError(
+                f"`{name}` must be True or False, got {reprlib.repr(value)}."
+            )
+
+
+def require_rank(name: str, value: Any) -> int:
+    """The rank as Python's number. Refuses what no array has."""
+    try:
+        rank = operator.index(value)
+    except TypeError:
+        rank = 0
+    if isinstance(value, bool) or not 1 <= rank <= 64:  # NumPy's limit.
+        raise ValueError(
+            f"`{name}` must be a whole number from 1 to 64, got {reprlib.repr(value)}."
+        )
+    return rank
 
 
 def require_conversion(
@@ -105,13 +154,12 @@ def require_conversion(
 ) -> None:
     """Refuses a count that is missing, not needed, or no count."""
     for value in (unbiased, to_unbiased):
-        if not isinstance(value, bool):
-            raise TypeError(f"`unbiased` must be True or False, got {value!r}.")
+        require_flags(unbiased=value)
     if unbiased == to_unbiased:
         if count is not None:
             raise ValueError(
-                f"`count` is {count}, but `{key}` is taken as it is: both sides track "
-                f"the {_kind(unbiased)} variance. Leave it out."
+                f"`count` is {reprlib.repr(count)}, but `{key}` is taken as it is: "
+                f"both sides track the {_kind(unbiased)} variance. Leave it out."
             )
     elif count is None:
         raise ValueError(
@@ -120,30 +168,33 @@ def require_conversion(
             "a training batch (examples times positions), or, to take the variance as "
             f"it is, `unbiased={as_it_is}`."
         )
-    elif not isinstance(count, Real) or not 1 < float(count) < np.inf:
+    elif not 1 < _number(count) < np.inf:
         raise ValueError(
-            f"`count` must be a number above 1, got {count!r}: one value has no "
-            "unbiased variance."
+            f"`count` must be a number above 1, got {reprlib.repr(count)}: one value "
+            "has no unbiased variance."
         )
 
 
 def counts_of(layers: Mapping[str, Any], count: Any) -> dict[str, Any]:
     """The count of each layer; a dict that names others than these is refused."""
     if isinstance(count, Mapping) and set(count) - set(layers):
+        others = sorted(set(count) - set(layers), key=str)
         raise ValueError(
-            f"`count` has {sorted(set(count) - set(layers))}, which are no batch norms "
-            f"here. There are {sorted(layers)}."
+            f"`count` has {others}, which are no batch norms here. There are "
+            f"{sorted(layers)}."
         )
     by_name = isinstance(count, Mapping)
     return {name: count.get(name) if by_name else count for name in layers}
 
 
-def _require_count(key: str, array: np.ndarray) -> None:
-    if array.shape != () or not 0 <= array < 2**31 or array % 1 != 0:
-        stacked = " Of stacked layers, index the first axis." if array.ndim else ""
-        raise ValueError(
-            f"`{key}` must be a whole number from 0 to 2³¹ − 1, got {array}.{stacked}"
-        )
+def _number(value: Any) -> float:
+    """A number as Python's; of what is none, NaN."""
+    if not isinstance(value, Real) or isinstance(value, (bool, np.bool_)):
+        return np.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return np.inf
 
 
 def _kind(unbiased: bool) -> str:

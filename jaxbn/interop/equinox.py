@@ -13,6 +13,7 @@ and bias as they are, the others out of the model's `State`.
 | input | (C, ...), one example in a vmap | `feature_axes=0`, `axis_name` |
 """
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,11 +21,8 @@ import numpy as np
 
 from jaxbn._running_stats import RunningStats, debiased
 from jaxbn.interop import _checkpoint, _checks
+from jaxbn.interop import _equinox_arrays as _arrays
 from jaxbn.interop._checkpoint import Arrays, Converted
-
-NAMES = {"weight": "scale", "bias": "bias"}
-BATCH = ("batch_counter", "batch_state_index")
-EMA = ("ema_first_time_index", "ema_state_index")
 
 
 def options(
@@ -52,8 +50,9 @@ def options(
       `vmap` add `feature_axes=0` and the `axis_name`.
 
     Raises:
+      TypeError: `channelwise_affine` is neither True nor False.
       ValueError: `momentum` is not from 0 to 1 (below 1 in mode "batch"), `eps` is
-        negative, or `mode` neither of the two.
+        negative or not finite, or `mode` neither of the two.
 
     Example:
       >>> import jaxbn
@@ -63,13 +62,14 @@ def options(
     References:
       https://docs.kidger.site/equinox/api/nn/normalisation/#equinox.nn.BatchNorm
     """
-    _checks.require_not_negative("eps", eps)
-    _checks.require_share("momentum", momentum, below_1=mode == "batch")
-    if mode not in ("batch", "ema"):
-        raise ValueError(f"`mode` must be 'batch' or 'ema', got {mode!r}.")
+    if not isinstance(mode, str) or mode not in ("batch", "ema"):
+        raise ValueError(f"`mode` must be 'batch' or 'ema', got {reprlib.repr(mode)}.")
+    _checks.require_flags(channelwise_affine=channelwise_affine)
+    batch = mode == "batch"
+    share = _checks.require_share("momentum", momentum, below_1=batch)
     return {
-        "momentum": debiased(momentum) if mode == "batch" else momentum,
-        "epsilon": eps,
+        "momentum": debiased(share) if batch else share,
+        "epsilon": _checks.require_not_negative("eps", eps),
         "unbiased": False,
         "use_scale": channelwise_affine,
         "use_bias": channelwise_affine,
@@ -130,22 +130,7 @@ def to_jaxbn(
     References:
       https://docs.kidger.site/equinox/api/nn/normalisation/#equinox.nn.BatchNorm
     """
-    present = _present(arrays)
-    names = EMA if EMA[1] in present else BATCH
-    found = _read(present, names)
-    if names == BATCH:
-        found |= _debiased(found, momentum, correct)
-    elif momentum is not None or correct:
-        raise ValueError(
-            "`momentum` and `correct` are for mode 'batch'; the arrays are of mode "
-            "'ema', which keeps its averages as they are. Leave them out."
-        )
-    else:
-        found["step"] = np.int32(not found["step"])
-    found = _checkpoint.tracked(
-        found, names[1], unbiased=False, to_unbiased=unbiased, count=count
-    )
-    return _checkpoint.layer_state(found)
+    return _to_jaxbn(arrays, "", momentum, correct, unbiased, count)
 
 
 def from_jaxbn(
@@ -198,68 +183,107 @@ def from_jaxbn(
     )
     _checks.require_step(found, "Equinox")
     made = {
-        theirs: np.array(found[ours]) for theirs, ours in NAMES.items() if ours in found
+        theirs: np.array(found[ours])
+        for theirs, ours in _arrays.NAMES.items()
+        if ours in found
     }
     mean, var = np.array(found["mean"]), np.array(found["var"])
     step = int(found["step"])
     if momentum is None:
-        return made | {EMA[0]: step == 0, EMA[1]: (mean, var)}
-    _checks.require_share("momentum", momentum, below_1=True)
+        return made | dict(zip(_arrays.EMA, (step == 0, (mean, var)), strict=True))
+    momentum = _checks.require_share("momentum", momentum, below_1=True)
     # At 0 Equinox divides by 1, and starts from 0 and 1.
     share = 1 - momentum**step if step else 1
     hidden = tuple((v * share).astype(v.dtype) for v in (mean, var))
-    return made | {BATCH[0]: step, BATCH[1]: hidden}
+    return made | dict(zip(_arrays.BATCH, (step, hidden), strict=True))
 
 
-def _present(arrays: Any) -> dict[str, Any]:
-    if not isinstance(arrays, Mapping):
-        raise TypeError(
-            f"`arrays` must be a dict by the layer's fields, got "
-            f"{type(arrays).__name__}. Take {list(BATCH)} out of the state, by "
-            "`state.get(layer.batch_counter)`."
-        )
-    return {name: v for name, v in arrays.items() if v is not None}
+def batch_norms(
+    model: Any,
+    state: Any,
+    *,
+    correct: bool = False,
+    unbiased: bool = False,
+    count: float | Mapping[str, float] | None = None,
+) -> dict[str, Converted]:
+    """Every batch norm of an Equinox model, found by its fields.
 
+    Args:
+      model: The model, with its arrays in it. Modes and momenta are read from its
+        layers.
+      state: The `eqx.nn.State` beside it.
+      correct: As for `to_jaxbn`, for the layers in mode "batch".
+      unbiased: As for `to_jaxbn`.
+      count: As for `to_jaxbn`; a dict by path where layers have different numbers.
 
-def _read(arrays: Arrays, names: tuple[str, str]) -> dict[str, Any]:
-    """Parameters, mean, var and, as `step`, the counter or the flag."""
-    missing = sorted(set(names) - set(arrays))
-    if missing:
+    Returns:
+      A dict from the path of a layer, such as "blocks/0/norm", to its `(params,
+      stats)`.
+
+    Raises:
+      TypeError: `state` is no state, or as for `to_jaxbn`.
+      ValueError: There is none, the state is not the model's, or as for `to_jaxbn`;
+        each names the field in full.
+
+    Example:
+      >>> import jaxbn, numpy as np
+      >>> from types import SimpleNamespace  # in place of Equinox' own, here
+      >>> norm = SimpleNamespace(
+      ...     weight=None, bias=None, momentum=0.9, mode="ema", batch_counter=None,
+      ...     batch_state_index=None, ema_first_time_index=0, ema_state_index=1,
+      ... )
+      >>> kept = [False, (np.zeros(2), np.ones(2))]
+      >>> state = SimpleNamespace(get=kept.__getitem__)
+      >>> list(jaxbn.interop.equinox.batch_norms({"block": [norm]}, state))
+      ['block/0']
+
+    References:
+      https://docs.kidger.site/equinox/api/nn/stateful/
+    """
+    _checks.require_flags(correct=correct)
+    layers = _arrays.layers_of(model)
+    if not layers:
         raise ValueError(
-            f"Not the arrays of one batch norm: {missing} missing, got "
-            f"{sorted(arrays)}. Expected {list(BATCH)} or {list(EMA)}."
+            "`model` has no batch norm: no `equinox.nn.BatchNorm` is in it. Pass the "
+            "whole model, as `eqx.nn.make_with_state` makes it."
         )
-    counter, pair = names
-    hidden = arrays[pair]
-    if not isinstance(hidden, (tuple, list)) or len(hidden) != 2:
-        raise ValueError(
-            f"`{pair}` must be a pair (mean, var), as `state.get` returns it, got "
-            f"{type(hidden).__name__}."
+    counts = _checks.counts_of(layers, count)
+    found = {}
+    for path, layer in layers.items():
+        at = path and f"{path}/"
+        batch = layer.mode == "batch"
+        found[path] = _to_jaxbn(
+            _arrays.arrays_of(layer, state, at),
+            at,
+            layer.momentum if batch else None,
+            correct and batch,
+            unbiased,
+            counts[path],
         )
-    parts = {f"{pair}[0]": hidden[0], f"{pair}[1]": hidden[1]}
-    rest = {name: v for name, v in arrays.items() if name != pair}
-    table = NAMES | {f"{pair}[0]": "mean", f"{pair}[1]": "var", counter: "step"}
-    if names == EMA and _checkpoint.leaf(counter, arrays[counter]):
-        # The first time is to come: nothing is set, and anything may be in them.
-        like = _checkpoint.leaf(f"{pair}[0]", hidden[0])
-        fresh = np.zeros_like(like), np.ones_like(like)
-        parts = dict(zip(parts, fresh, strict=True))
-    return _checkpoint.read(rest | parts, table)
+    return found
 
 
-def _debiased(found: Arrays, momentum: float | None, correct: bool) -> dict[str, Any]:
-    if momentum is None:
+def _to_jaxbn(
+    arrays: Arrays,
+    at: str,
+    momentum: float | None,
+    correct: bool,
+    unbiased: bool,
+    count: Any,
+) -> Converted:
+    _checks.require_flags(correct=correct)
+    present, fields = _arrays.fields_of(arrays)
+    found = _arrays.read(present, fields, at)
+    if fields == _arrays.BATCH:
+        found = _arrays.debiased(found, momentum, correct, at + fields[1])
+    elif momentum is not None or correct:
         raise ValueError(
-            "`momentum` is needed in mode 'batch': what Equinox keeps is to be divided "
-            "by 1 − momentum**batch_counter. Pass that of the layer."
+            "`momentum` and `correct` are for mode 'batch'; the arrays are of mode "
+            "'ema', which keeps its averages as they are. Leave them out."
         )
-    _checks.require_share("momentum", momentum, below_1=True)
-    kept = momentum ** int(found["step"])
-    if kept == 1:  # Equinox divides by 1 before the first update.
-        return {}
-    mean, var = found["mean"], found["var"]
-    if correct:
-        # Rounding may leave less than nothing of what was 1 at the start.
-        var = np.maximum(var - np.asarray(kept, var.dtype), 0)
-    share = np.asarray(1 - kept, var.dtype)
-    return {"mean": mean / share, "var": var / share}
+    names = _arrays.names_of(fields)
+    # The pair's name: errors about a convention are about both.
+    found = _checkpoint.tracked(
+        found, at + fields[1], unbiased=False, to_unbiased=unbiased, count=count
+    )
+    return _checkpoint.layer_state(found, names, at)

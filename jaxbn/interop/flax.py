@@ -18,12 +18,13 @@ import numpy as np
 
 from jaxbn import _module_stats
 from jaxbn._running_stats import RunningStats
-from jaxbn.interop import _checkpoint
+from jaxbn.interop import _checkpoint, _checks, _trees
 from jaxbn.interop._checkpoint import Arrays, Converted, Params
 from jaxbn.layers import RenormStats
 
 PARAMS = {"scale": "scale", "bias": "bias"}
 STATS = {"mean": "mean", "var": "var", "step": "step"}
+OF_NNX = "Of an nnx module, pass `nnx.to_pure_dict(nnx.state(module))`."
 
 
 def to_jaxbn(
@@ -57,7 +58,7 @@ def to_jaxbn(
     References:
       https://flax-linen.readthedocs.io/en/latest/guides/training_techniques/batch_norm.html
     """
-    _require_dict(variables)
+    _trees.require_dict("variables", variables, hint=OF_NNX)
     if "batch_stats" not in variables:
         return _to_jaxbn(variables, "")
     unknown = sorted(set(variables) - {"params", "batch_stats"})
@@ -66,7 +67,8 @@ def to_jaxbn(
             f"`variables` has the collections {unknown} besides 'params' and "
             "'batch_stats'. Leave them out."
         )
-    return _to_jaxbn({**variables.get("params", {}), **variables["batch_stats"]}, "")
+    params, stats = (_at(variables, (name,)) for name in ("params", "batch_stats"))
+    return _to_jaxbn({**params, **stats}, "")
 
 
 def from_jaxbn(
@@ -99,6 +101,7 @@ def from_jaxbn(
     References:
       https://flax-linen.readthedocs.io/en/latest/guides/training_techniques/batch_norm.html
     """
+    _checks.require_flags(step=step)
     found = _checkpoint.given(params, stats)
     kept = [name for name in STATS if step or name != "step"]
     return {
@@ -134,12 +137,13 @@ def batch_norms(
     References:
       https://flax-linen.readthedocs.io/en/latest/guides/training_techniques/batch_norm.html
     """
-    _require_dict(variables)
+    if not isinstance(variables, Mapping):  # Of nnx, keys may be numbers.
+        _trees.require_dict("variables", variables, hint=OF_NNX)
     linen = "batch_stats" in variables
-    stats = variables["batch_stats"] if linen else variables
+    stats = _at(variables, ("batch_stats",)) if linen else variables
     found = {}
     for path, own in _module_stats.paths_of_layers(stats):
-        arrays = {**_at(variables.get("params", {}), path), **own} if linen else own
+        arrays = {**_at(variables, ("params", *path)), **own} if linen else own
         # Linen lets a module have submodules beside its variables.
         arrays = {k: v for k, v in arrays.items() if not isinstance(v, Mapping)}
         name = "/".join(map(str, path))
@@ -150,25 +154,19 @@ def batch_norms(
 
 
 def _to_jaxbn(arrays: Arrays, at: str) -> Converted | tuple[Params, RenormStats]:
-    if "std" not in arrays:
-        return _checkpoint.layer_state(_checkpoint.read(arrays, PARAMS | STATS, at))
-    # Named var for the checks, which are the same for a deviation.
-    table = PARAMS | STATS | {"std": "var"}
-    table.pop("var")
-    found = _checkpoint.read(arrays, table, at)
-    params, stats = _checkpoint.layer_state(found)
-    return params, RenormStats(*stats)
-
-
-def _require_dict(variables: Any) -> None:
-    if not isinstance(variables, Mapping):
-        raise TypeError(
-            f"`variables` must be a dict, got {type(variables).__name__}. Of an nnx "
-            "module, pass `nnx.to_pure_dict(nnx.state(module))`."
-        )
+    names = PARAMS | STATS
+    if "std" in arrays:
+        # Named var for the checks, which are the same for a deviation.
+        names = {theirs: ours for theirs, ours in names.items() if theirs != "var"}
+        names |= {"std": "var"}
+    found = _checkpoint.read(arrays, names, at)
+    params, stats = _checkpoint.layer_state(found, names, at)
+    return (params, RenormStats(*stats)) if "std" in arrays else (params, stats)
 
 
 def _at(tree: Any, path: tuple[Any, ...]) -> Mapping[str, Any]:
-    for name in path:
-        tree = tree.get(name, {}) if isinstance(tree, Mapping) else {}
-    return tree if isinstance(tree, Mapping) else {}
+    """What is at a path: an empty dict where there is nothing, but no array or None."""
+    for depth, name in enumerate(path, 1):
+        at = "/".join(map(str, path[:depth]))
+        tree = _trees.require_dict(at, tree.get(name, {}))
+    return tree

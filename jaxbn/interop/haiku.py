@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxbn import _axes
 from jaxbn._running_stats import RunningStats, debiased
-from jaxbn.interop import _checkpoint, _checks
+from jaxbn.interop import _checkpoint, _checks, _trees, _values
 from jaxbn.interop._checkpoint import Arrays, Converted
 
 NAMES = {"scale": "scale", "offset": "bias"}
@@ -49,7 +49,8 @@ def options(
       are the *reduced* axes; jaxbn's `feature_axes` are the others.
 
     Raises:
-      ValueError: `decay_rate` is not in [0, 1), or `eps` is negative.
+      TypeError: `create_scale` or `create_offset` is neither True nor False.
+      ValueError: `decay_rate` is not in [0, 1), or `eps` is negative or not finite.
 
     Example:
       >>> import jaxbn
@@ -61,11 +62,11 @@ def options(
     References:
       https://dm-haiku.readthedocs.io/en/latest/api.html#batchnorm
     """
-    _checks.require_not_negative("eps", eps)
-    _checks.require_share("decay_rate", decay_rate, below_1=True)
+    _checks.require_flags(create_scale=create_scale, create_offset=create_offset)
+    share = _checks.require_share("decay_rate", decay_rate, below_1=True)
     return {
-        "momentum": debiased(decay_rate),
-        "epsilon": eps,
+        "momentum": debiased(share),
+        "epsilon": _checks.require_not_negative("eps", eps),
         "unbiased": False,
         "use_scale": create_scale,
         "use_bias": create_offset,
@@ -161,7 +162,8 @@ def from_jaxbn(
     References:
       https://dm-haiku.readthedocs.io/en/latest/api.html#batchnorm
     """
-    _checks.require_share("decay_rate", decay_rate, below_1=True)
+    decay_rate = _checks.require_share("decay_rate", decay_rate, below_1=True)
+    ndim = _checks.require_rank("ndim", ndim)
     found = _checkpoint.given(params, stats)
     _checks.require_step(found, "Haiku")
     found = _checkpoint.tracked(
@@ -226,11 +228,15 @@ def batch_norms(
     References:
       https://dm-haiku.readthedocs.io/en/latest/api.html#transform-with-state
     """
+    hint = "Pass both trees of `hk.transform_with_state`."
+    _trees.require_dict("params", params, hint=hint)
+    _trees.require_dict("state", state, hint=hint)
     layers: dict[str, dict[str, Any]] = {}
     for key, value in state.items():
         name, _, last = key.rpartition("/~/")
         if last in AVERAGES:
-            layers.setdefault(name, {**params.get(name, {})})[last] = value
+            own = _trees.require_dict(f"params[{name!r}]", params.get(name, {}))
+            layers.setdefault(name, {**own})[last] = value
     if not layers:
         raise ValueError(
             f"`state` has no batch norm: no key ends in '/~/mean_ema'; got "
@@ -246,9 +252,7 @@ def batch_norms(
 def _to_jaxbn(
     arrays: Arrays, at: str, feature_axes: _axes.Axes, unbiased: bool, count: Any
 ) -> Converted:
-    if not isinstance(arrays, Mapping):
-        raise TypeError(f"`arrays` must be a dict, got {type(arrays).__name__}.")
-    flat = {**arrays}
+    flat = {**_trees.require_dict("arrays", arrays)}
     for ema in AVERAGES:
         fields = flat.pop(ema, None)
         if fields is not None:
@@ -259,9 +263,9 @@ def _to_jaxbn(
     names |= {"mean_ema/counter": "step"}
     other = flat.pop("var_ema/counter", None)
     found = _checkpoint.read(flat, names, at)
-    if not np.array_equal(
-        _checkpoint.leaf(f"{at}var_ema/counter", other), found["step"]
-    ):
+    second = _values.leaf(f"{at}var_ema/counter", other)
+    _checks.require_count(f"{at}var_ema/counter", second)
+    if second != found["step"]:
         raise ValueError(
             f"`{at}mean_ema/counter` is {found['step']}, but `{at}var_ema/counter` "
             f"{other}. jaxbn counts the updates of both in one step."
@@ -273,13 +277,16 @@ def _to_jaxbn(
     found = _checkpoint.tracked(
         found, f"{at}var_ema/average", unbiased=False, to_unbiased=unbiased, count=count
     )
-    return _checkpoint.layer_state(found)
+    return _checkpoint.layer_state(found, names, at)
 
 
 def _require_fields(fields: Any, key: str) -> None:
-    if not isinstance(fields, Mapping) or set(fields) != set(FIELDS):
-        got = sorted(fields) if isinstance(fields, Mapping) else type(fields).__name__
-        raise ValueError(f"`{key}` must be a dict with {list(FIELDS)}, got {got}.")
+    what = f"a dict with {list(FIELDS)}"
+    present = {
+        n for n, v in _trees.require_dict(key, fields, what).items() if v is not None
+    }
+    if present != set(FIELDS):
+        raise ValueError(f"`{key}` must be {what}, got {sorted(present)}.")
 
 
 def _without_kept(array: np.ndarray, axes: tuple[int, ...], at: str) -> np.ndarray:

@@ -14,25 +14,14 @@ backend; what goes back are NumPy arrays in the order of `layer.set_weights`.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._running_stats import RunningStats
-from jaxbn.interop import _checkpoint, _checks
+from jaxbn.interop import _checkpoint, _checks, _trees, _values
+from jaxbn.interop import _keras_names as _names
 from jaxbn.interop._checkpoint import Arrays, Converted, Params
+from jaxbn.interop._keras_names import NAMES, RENORM
 from jaxbn.layers import RenormStats
-
-NAMES = {
-    "gamma": "scale",
-    "beta": "bias",
-    "moving_mean": "mean",
-    "moving_variance": "var",
-}
-RENORM = {
-    "moving_stddev": "moving_std",
-    "renorm_mean": "renorm_mean",
-    "renorm_stddev": "std",
-}
 
 
 def options(
@@ -63,7 +52,8 @@ def options(
       are not given. Where rmin is not 1/rmax, no option is equal to it.
 
     Raises:
-      ValueError: `momentum` is not from 0 to 1, or `epsilon` is negative.
+      TypeError: `center`, `scale` or `fused` is neither True nor False.
+      ValueError: `momentum` is not from 0 to 1, or `epsilon` is negative or not finite.
 
     Example:
       >>> import jaxbn
@@ -74,11 +64,10 @@ def options(
     References:
       https://keras.io/api/layers/normalization_layers/batch_normalization/
     """
-    _checks.require_not_negative("epsilon", epsilon)
-    _checks.require_share("momentum", momentum)
+    _checks.require_flags(center=center, scale=scale, fused=fused)
     return {
-        "momentum": momentum,
-        "epsilon": epsilon,
+        "momentum": _checks.require_share("momentum", momentum),
+        "epsilon": _checks.require_not_negative("epsilon", epsilon),
         "unbiased": fused,
         "use_scale": scale,
         "use_bias": center,
@@ -95,8 +84,11 @@ def to_jaxbn(
     """The arrays of one `BatchNormalization` as parameters and statistics of jaxbn.
 
     Args:
-      arrays: A dict by the variables' names, `{v.name: v for v in layer.weights}`, or
-        the list of `layer.get_weights()`, if it has both gamma and beta or neither.
+      arrays: A dict by the variables' names, `{v.name: v for v in layer.weights}`, by
+        their paths, or by TensorFlow's names of them (ending in "/EMA",
+        "/ExponentialMovingAverage" or "/.ATTRIBUTES/VARIABLE_VALUE"). Or the list of
+        `layer.get_weights()`, or "vars/0", "vars/1", ... of a .weights.h5 file, which
+        is the same order, if there are both gamma and beta or neither.
       fused: Whether the fused kernel of tf.keras 2 tracked the variance, unbiased. Not
         for renorm, like the two that follow.
       unbiased: Whether the layer that goes on from here tracks the unbiased variance;
@@ -110,9 +102,10 @@ def to_jaxbn(
 
     Raises:
       TypeError: A value is no array of numbers.
-      ValueError: Keys are missing or not known, shapes differ, a variance is negative
-        or NaN, `count` is missing or not needed, or the two averages of renorm are not
-        the same.
+      ValueError: Keys are missing, not known, or of one variable as it is and averaged;
+        arrays without names may be more than one set; shapes differ, a variance is
+        negative or NaN, `count` is missing or not needed, or the two averages of renorm
+        are not the same.
 
     Example:
       >>> import jaxbn, numpy as np
@@ -124,19 +117,18 @@ def to_jaxbn(
     References:
       https://keras.io/api/layers/normalization_layers/batch_normalization/
     """
-    arrays = _by_name(arrays)
-    if any(arrays.get(name) is not None for name in RENORM):
-        _require_no_conversion(fused, bool(unbiased), count)
-        return _renormed(arrays)
-    found = _checkpoint.read(arrays, NAMES)
-    found = _checkpoint.tracked(
-        found,
-        "moving_variance",
-        unbiased=fused,
-        to_unbiased=fused if unbiased is None else unbiased,
-        count=count,
-    )
-    return _checkpoint.layer_state(found)
+    _checks.require_flags(fused=fused)
+    if isinstance(arrays, Mapping):
+        arrays = _trees.flat("arrays", arrays)
+        return _to_jaxbn(arrays, _names.keys_of(arrays), "", fused, unbiased, count)
+    if not isinstance(arrays, Sequence) or isinstance(arrays, (str, bytes)):
+        raise TypeError(
+            "`arrays` must be a dict or a list of arrays, got "
+            f"{type(arrays).__name__}. Pass `{_names.BY_NAME}`."
+        )
+    by_name = _names.named(arrays)
+    own = {name: name for name in by_name}
+    return _to_jaxbn(by_name, own, "", fused, unbiased, count)
 
 
 def from_jaxbn(
@@ -177,72 +169,147 @@ def from_jaxbn(
     References:
       https://keras.io/api/layers/normalization_layers/batch_normalization/
     """
+    _checks.require_flags(fused=fused)
     if (epsilon is None) == isinstance(stats, RenormStats):
         raise ValueError(
             f"`epsilon` is for `RenormStats`, whose std includes it, and needed there; "
-            f"got {epsilon} with {type(stats).__name__}."
+            f"got {epsilon!r} with {type(stats).__name__}."
         )
-    renorm = {}
+    std = None
     if isinstance(stats, RenormStats):
         _require_no_conversion(fused, unbiased, count)
-        std = _checkpoint.leaf("stats.std", stats.std)
-        _checks.require_at_least_0("stats.std", std)
-        renorm = dict(zip(RENORM, (std, stats.mean, std), strict=True))
-        # As Keras does: rounding may leave less than epsilon.
-        var = np.maximum(np.square(std) - np.asarray(epsilon, std.dtype), 0)
-        stats = RunningStats(stats.mean, jnp.asarray(var), stats.step)
-    found = _checkpoint.given(params, stats)
+        std = _values.leaf("stats.std", stats.std)
+        var: Any = _variance(std, _checks.require_not_negative("epsilon", epsilon))
+        stats = RunningStats(stats.mean, var, stats.step)
+    spread = "var" if std is None else "std"
+    found = _checkpoint.given(params, stats, spread)
     _checks.require_vectors(found, "Keras")
     found = _checkpoint.tracked(
         found, "stats.var", unbiased=unbiased, to_unbiased=fused, count=count
     )
     made = {theirs: found[ours] for theirs, ours in NAMES.items() if ours in found}
-    return {name: np.array(v) for name, v in (made | renorm).items()}
+    if std is not None:
+        made |= dict(zip(RENORM, (std, found["mean"], std), strict=True))
+    return {name: np.array(v) for name, v in made.items()}
 
 
-def _by_name(arrays: Arrays | Sequence[Any]) -> dict[str, Any]:
-    if isinstance(arrays, Mapping):
-        # tf.keras 2 has paths for names: "batch_normalization/gamma:0".
-        short = [key.rpartition("/")[2].partition(":")[0] for key in arrays]
-        if len(set(short)) < len(short):
-            raise ValueError(
-                f"`arrays` has two of a name: {sorted(arrays)}. Pass the weights of "
-                "one layer at a time."
-            )
-        return dict(zip(short, arrays.values(), strict=True))
-    if not isinstance(arrays, Sequence):
-        raise TypeError(
-            "`arrays` must be a dict or a list of arrays, got "
-            f"{type(arrays).__name__}. Pass `{{v.name: v for v in layer.weights}}`."
-        )
-    names = [*NAMES, *RENORM]
-    orders = {len(o): o for o in (names[2:4], names[:4], names[2:], names)}
-    if len(arrays) not in orders:
+def batch_norms(
+    weights: Mapping[str, Any],
+    *,
+    fused: bool = False,
+    unbiased: bool | None = None,
+    count: float | Mapping[str, float] | None = None,
+) -> dict[str, Converted | tuple[Params, RenormStats]]:
+    """Every batch norm of a Keras model, found by its variables.
+
+    Args:
+      weights: Those of a whole model by path, `{v.path: v for v in model.weights}`. Or
+        the arrays of a TensorFlow checkpoint by name, or a .weights.h5 file, nested
+        (`h5py.File(...)` as it is) or by path ("layers/norm/vars/0").
+      fused: As for `to_jaxbn`.
+      unbiased: As for `to_jaxbn`.
+      count: As for `to_jaxbn`; a dict by path where layers have different numbers.
+
+    Returns:
+      A dict from the path of a layer, such as "block/norm", to its `(params, stats)`,
+      in the order of `weights`. A .weights.h5 file has no names. There a batch norm is
+      a layer of four vectors of one length (five or seven with renorm), or one under
+      "batch_normalization", as Keras calls them in its own models. In models that call
+      them otherwise, those without gamma and beta are not found.
+
+    Raises:
+      TypeError: As for `to_jaxbn`.
+      ValueError: There is none, or as for `to_jaxbn`; each names the key in full.
+
+    Example:
+      >>> import jaxbn, numpy as np
+      >>> weights = {
+      ...     "net/conv/kernel": np.ones((3, 3, 1, 4)),
+      ...     "net/bn/moving_mean": np.zeros(4), "net/bn/moving_variance": np.ones(4),
+      ... }
+      >>> list(jaxbn.interop.keras.batch_norms(weights))
+      ['net/bn']
+
+    References:
+      https://keras.io/api/models/model_saving_apis/weights_saving_and_loading/
+    """
+    _checks.require_flags(fused=fused)
+    hint = "Pass `{v.path: v for v in model.weights}`."
+    flat = _trees.flat("weights", weights, "a dict by path", hint)
+    layers = _names.batch_norms(flat)
+    if not layers:
         raise ValueError(
-            f"`arrays` has {len(arrays)} of them, which may be more than one set. Pass "
-            "them by their names, `{v.name: v for v in layer.weights}`."
+            f"`weights` has no batch norm: none of its {len(flat)} keys ends in "
+            f"moving_mean, and no layer has four vectors under vars. {hint}"
         )
-    return dict(zip(orders[len(arrays)], arrays, strict=True))
+    counts = _checks.counts_of(layers, count)
+    found = {}
+    for path, keys in layers.items():
+        own = {key: flat[key] for key in keys.values()}
+        at = path and f"{path}/"
+        found[path] = _to_jaxbn(own, keys, at, fused, unbiased, counts[path])
+    return found
 
 
-def _renormed(arrays: Arrays) -> tuple[Params, RenormStats]:
-    missing = sorted(name for name in RENORM if arrays.get(name) is None)
+def _to_jaxbn(
+    arrays: Arrays,
+    keys: _names.Keys,
+    at: str,
+    fused: bool,
+    unbiased: bool | None,
+    count: Any,
+) -> Converted | tuple[Params, RenormStats]:
+    known = {name: keys.get(name, at + name) for name in (*NAMES, *RENORM)}
+    if any(arrays.get(known[name]) is not None for name in RENORM):
+        _require_no_conversion(fused, bool(unbiased), count)
+        return _renormed(arrays, known)
+    names = {known[name]: ours for name, ours in NAMES.items()}
+    found = _checkpoint.read(arrays, names)
+    found = _checkpoint.tracked(
+        found,
+        known["moving_variance"],
+        unbiased=fused,
+        to_unbiased=fused if unbiased is None else unbiased,
+        count=count,
+    )
+    return _checkpoint.layer_state(found, names)
+
+
+def _renormed(arrays: Arrays, known: _names.Keys) -> tuple[Params, RenormStats]:
+    missing = sorted(known[name] for name in RENORM if arrays.get(known[name]) is None)
     if missing:
         raise ValueError(f"Not the arrays of one renorm layer: {missing} missing.")
-    found = _checkpoint.read(arrays, NAMES | RENORM)
+    names = {known[name]: ours for name, ours in (NAMES | RENORM).items()}
+    found = _checkpoint.read(arrays, names)
     for name in ("moving_stddev", "renorm_stddev"):
-        _checks.require_at_least_0(name, found[RENORM[name]])
-    pairs = {"renorm_mean": "mean", "renorm_stddev": "moving_std"}
+        _checks.require_at_least_0(known[name], found[RENORM[name]])
+    pairs = {"renorm_mean": "moving_mean", "renorm_stddev": "moving_stddev"}
     for name, moving in pairs.items():
-        if not np.allclose(found[RENORM[name]], found[moving], rtol=1e-5, atol=1e-6):
+        two = (found[(NAMES | RENORM)[n]] for n in (name, moving))
+        if not np.allclose(*two, rtol=1e-5, atol=1e-6):
             raise ValueError(
-                f"`{name}` is not the moving average of the same: Keras kept two, by "
-                "`momentum` for inference and `renorm_momentum` for training, where "
-                "jaxbn keeps one. For inference, or to go on without renorm, leave out "
-                f"{list(RENORM)}."
+                f"`{known[name]}` is not the moving average of the same, "
+                f"`{known[moving]}`: Keras kept two, by `momentum` for inference and "
+                "`renorm_momentum` for training, where jaxbn keeps one. For inference, "
+                "or to go on without renorm, leave out "
+                f"{[known[name] for name in RENORM]}."
             )
-    params, stats = _checkpoint.layer_state(found)
-    return params, RenormStats(stats.mean, jnp.asarray(found["std"]), stats.step)
+    params, stats = _checkpoint.layer_state(found, names)
+    std = _values.to_device(known["renorm_stddev"], found["std"])
+    return params, RenormStats(stats.mean, std, stats.step)
+
+
+def _variance(std: np.ndarray, epsilon: float) -> np.ndarray:
+    """What Keras keeps as variance, without epsilon."""
+    _checks.require_floating("stats.std", std)
+    _checks.require_at_least_0("stats.std", std)
+    with np.errstate(over="ignore"):
+        squared = np.square(std)
+    _values.require_finite("stats.std", squared, std)
+    # As Keras does: rounding may leave less than epsilon.
+    return np.maximum(
+        squared - _values.held("epsilon", np.asarray(epsilon), std.dtype), 0
+    )
 
 
 def _require_no_conversion(fused: bool, unbiased: bool, count: Any) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxbn._running_stats import RunningStats
-from jaxbn.interop import _checkpoint, _checks
+from jaxbn.interop import _checkpoint, _checks, _trees
 from jaxbn.interop._checkpoint import Arrays, Converted
 
 NAMES = {
@@ -25,6 +25,8 @@ NAMES = {
     "moving_mean": "mean",
     "moving_variance": "var",
 }
+COLLECTIONS = ("params", "non_trainable")
+MARKS = ("moving_mean", "moving_variance")
 
 
 def options(*, decay: float = 0.999) -> dict[str, Any]:
@@ -51,8 +53,11 @@ def options(*, decay: float = 0.999) -> dict[str, Any]:
     References:
       https://github.com/google/praxis/blob/main/praxis/layers/normalizations.py
     """
-    _checks.require_share("decay", decay)
-    return {"momentum": decay, "epsilon": 1e-3, "unbiased": False}
+    return {
+        "momentum": _checks.require_share("decay", decay),
+        "epsilon": 1e-3,
+        "unbiased": False,
+    }
 
 
 def to_jaxbn(
@@ -93,13 +98,7 @@ def to_jaxbn(
     References:
       https://github.com/google/praxis/blob/main/praxis/layers/normalizations.py
     """
-    found = _checkpoint.read(arrays, NAMES)
-    if minus_one and "scale" in found:
-        found["scale"] = found["scale"] + np.asarray(1, found["scale"].dtype)
-    found = _checkpoint.tracked(
-        found, "moving_variance", unbiased=False, to_unbiased=unbiased, count=count
-    )
-    return _checkpoint.layer_state(found)
+    return _to_jaxbn(arrays, "", minus_one, unbiased, count)
 
 
 def from_jaxbn(
@@ -136,6 +135,7 @@ def from_jaxbn(
     References:
       https://github.com/google/praxis/blob/main/praxis/layers/normalizations.py
     """
+    _checks.require_flags(minus_one=minus_one)
     found = _checkpoint.given(params, stats)
     _checks.require_vectors(found, "Praxis")
     if minus_one and "scale" in found:
@@ -146,3 +146,86 @@ def from_jaxbn(
     return {
         theirs: np.array(found[ours]) for theirs, ours in NAMES.items() if ours in found
     }
+
+
+def batch_norms(
+    variables: Mapping[str, Any],
+    *,
+    minus_one: bool = True,
+    unbiased: bool = False,
+    count: float | Mapping[str, float] | None = None,
+) -> dict[str, Converted]:
+    """Every batch norm of a Praxis model, found by its moving mean and variance.
+
+    Args:
+      variables: The model's: a nested dict with the collections `params` (gamma, beta)
+        and `non_trainable` (moving_mean, moving_variance). Or a dict of all four
+        without collections, nested or by path ("block/norm/gamma").
+      minus_one: As for `to_jaxbn`.
+      unbiased: As for `to_jaxbn`.
+      count: As for `to_jaxbn`; a dict by path where layers have different numbers.
+
+    Returns:
+      A dict from the path of a layer, such as "encoder/bn", to its `(params, stats)`.
+      Of layers that are repeated in a scan, with arrays of one axis more, each is to be
+      indexed first.
+
+    Raises:
+      TypeError: As for `to_jaxbn`.
+      ValueError: There is none, or as for `to_jaxbn`; each names the key in full.
+
+    Example:
+      >>> import jaxbn, numpy as np
+      >>> params = {"bn": {"gamma": np.zeros(2), "beta": np.zeros(2)}}
+      >>> kept = {"bn": {"moving_mean": np.zeros(2), "moving_variance": np.ones(2)}}
+      >>> variables = {"params": {"net": params}, "non_trainable": {"net": kept}}
+      >>> list(jaxbn.interop.praxis.batch_norms(variables))
+      ['net/bn']
+
+    References:
+      https://github.com/google/praxis/blob/main/praxis/base_layer.py
+    """
+    hint = "Pass the variables of the whole model."
+    flat = _trees.flat("variables", variables, hint=hint)
+    arrays = _without_collections(flat)
+    layers = {
+        path: own
+        for path, own in _trees.by_layer(arrays, "/").items()
+        if any(own.get(mark) is not None for mark in MARKS)
+    }
+    if not layers:
+        raise ValueError(
+            f"`variables` has no batch norm: none of its {len(flat)} keys ends in "
+            f"moving_mean. {hint}"
+        )
+    for path in layers:
+        _trees.require_way("variables", arrays, path)
+    counts = _checks.counts_of(layers, count)
+    return {
+        path: _to_jaxbn(own, path and f"{path}/", minus_one, unbiased, counts[path])
+        for path, own in layers.items()
+    }
+
+
+def _without_collections(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables of both collections by their path below it."""
+    if not any(key.startswith("non_trainable/") for key in flat):
+        return {**flat}
+    for collection in COLLECTIONS:
+        if collection in flat:
+            _trees.require_dict(collection, flat[collection])
+    split = ((*key.partition("/"), value) for key, value in flat.items())
+    return {path: v for collection, _, path, v in split if collection in COLLECTIONS}
+
+
+def _to_jaxbn(
+    arrays: Arrays, at: str, minus_one: bool, unbiased: bool, count: Any
+) -> Converted:
+    _checks.require_flags(minus_one=minus_one)
+    found = _checkpoint.read(arrays, NAMES, at)
+    if minus_one and "scale" in found:
+        found["scale"] = found["scale"] + np.asarray(1, found["scale"].dtype)
+    found = _checkpoint.tracked(
+        found, f"{at}moving_variance", unbiased=False, to_unbiased=unbiased, count=count
+    )
+    return _checkpoint.layer_state(found, NAMES, at)

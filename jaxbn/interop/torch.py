@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jaxbn._running_stats import RunningStats, cumulative
-from jaxbn.interop import _checkpoint, _checks
+from jaxbn.interop import _checkpoint, _checks, _trees, _values
 from jaxbn.interop._checkpoint import Arrays, Converted
 
 NAMES = {
@@ -56,7 +56,8 @@ def options(
       are axis 1: where they stay there, add `feature_axes=1` (`axis=1` in a module).
 
     Raises:
-      ValueError: `momentum` is not from 0 to 1, or `eps` is negative.
+      TypeError: `affine`, `bias` or `track_running_stats` is neither True nor False.
+      ValueError: `momentum` is not from 0 to 1, or `eps` is negative or not finite.
 
     Example:
       >>> import jaxbn
@@ -67,12 +68,14 @@ def options(
     References:
       https://docs.pytorch.org/docs/stable/generated/torch.nn.BatchNorm2d.html
     """
-    _checks.require_not_negative("eps", eps)
-    if momentum is not None:
-        _checks.require_share("momentum", momentum)
+    _checks.require_flags(
+        affine=affine, track_running_stats=track_running_stats, bias=bias
+    )
     made: dict[str, Any] = {
-        "momentum": cumulative() if momentum is None else 1 - momentum,
-        "epsilon": eps,
+        "momentum": cumulative()
+        if momentum is None
+        else 1 - _checks.require_share("momentum", momentum),
+        "epsilon": _checks.require_not_negative("eps", eps),
         "unbiased": True,
         "use_scale": affine,
         "use_bias": affine and bias,
@@ -203,13 +206,11 @@ def batch_norms(
     References:
       https://docs.pytorch.org/docs/stable/generated/torch.nn.Module.html#torch.nn.Module.state_dict
     """
-    modules: dict[str, dict[str, Any]] = {}
-    for key, value in _checked(state_dict).items():
-        prefix, _, name = key.rpartition(".")
-        modules.setdefault(prefix, {})[name] = value
+    what = "a dict from names to tensors"
+    _trees.require_dict("state_dict", state_dict, what, "Pass `model.state_dict()`.")
     layers = {
         prefix: arrays
-        for prefix, arrays in modules.items()
+        for prefix, arrays in _trees.by_layer(state_dict, ".").items()
         if any(arrays.get(mark) is not None for mark in MARKS)
     }
     if not layers:
@@ -257,27 +258,25 @@ def frozen_to_jaxbn(arrays: Arrays, *, eps: float = 1e-5) -> Converted:
     References:
       https://detectron2.readthedocs.io/en/latest/modules/layers.html#detectron2.layers.FrozenBatchNorm2d
     """
-    _checks.require_not_negative("eps", eps)
+    eps = _checks.require_not_negative("eps", eps)
     if isinstance(arrays, Mapping) and arrays.get("running_var") is not None:
-        var = _checkpoint.leaf("running_var", arrays["running_var"])
-        if np.any(var + eps < 0):
-            raise ValueError(
-                f"`running_var` has {var.min()}, which with `eps`, {eps}, is still "
-                "below 0. Pass the eps that was subtracted from it."
-            )
-        arrays = {**arrays, "running_var": var + np.asarray(eps, var.dtype)}
+        var = _values.leaf("running_var", arrays["running_var"])
+        if np.isrealobj(var):
+            arrays = {**arrays, "running_var": _with_eps(var, eps)}
     return to_jaxbn(arrays)
 
 
-def _checked(state_dict: Any) -> Mapping[str, Any]:
-    if not isinstance(state_dict, Mapping) or not all(
-        isinstance(key, str) for key in state_dict
-    ):
-        raise TypeError(
-            "`state_dict` must be a dict from names to tensors, got "
-            f"{type(state_dict).__name__}. Pass `model.state_dict()`."
+def _with_eps(var: np.ndarray, eps: float) -> np.ndarray:
+    _checks.require_floating("running_var", var)
+    with np.errstate(over="ignore"):
+        moved = var + _values.held("eps", np.asarray(eps), var.dtype)
+    _values.require_finite("running_var", moved, var)
+    if np.any(moved < 0):
+        raise ValueError(
+            f"`running_var` has {var.min()}, which with `eps`, {eps}, is still below "
+            "0. Pass the eps that was subtracted from it."
         )
-    return state_dict
+    return moved
 
 
 def _to_jaxbn(arrays: Arrays, at: str, unbiased: bool, count: Any) -> Converted:
@@ -290,4 +289,4 @@ def _to_jaxbn(arrays: Arrays, at: str, unbiased: bool, count: Any) -> Converted:
     found = _checkpoint.tracked(
         found, f"{at}running_var", unbiased=True, to_unbiased=unbiased, count=count
     )
-    return _checkpoint.layer_state(found)
+    return _checkpoint.layer_state(found, NAMES, at)
