@@ -3,16 +3,30 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from jax.extend import core
+
 from jaxbn.folding import _markers, _plan, _program
 from jaxbn.folding._fold import shapes_of, trace
 from jaxbn.folding._match import Match
+
+INFERENCE = (
+    "what folds is inference by running statistics (`training=False`, "
+    "`use_running_average=True`)"
+)
+NOTHING = (
+    "No batch norm of jaxbn found. Fold a function that infers by running statistics "
+    "(`training=False`, `use_running_average=True`); if its layers are Flax's, replace "
+    "them by `jaxbn.linen.replaced` or `jaxbn.nnx.replace_batch_norm`."
+)
+RULES = ("custom_vjp_call", "custom_jvp_call")
 
 
 class FoldedLayer(NamedTuple):
     """One normalization of a program.
 
     Attributes:
-      path: Of its statistics in `params`, such as "batch_stats/BatchNorm_0".
+      path: Of its statistics in `params`, such as "batch_stats/BatchNorm_0"; of its
+        scale or bias where the statistics are from elsewhere.
       into: The path of the kernel that took it up, or None where it is left.
       position: "after" or "before" that layer, or None.
       reason: Why it is left, or None.
@@ -55,15 +69,16 @@ class FoldReport(NamedTuple):
         return tuple(layer for layer in self.layers if layer.reason is not None)
 
     def __str__(self) -> str:
+        count = f"{len(self.folded)} folded, {len(self.left)} left"
+        if not self.layers:
+            return f"{NOTHING}\n{count}"
         width = max((len(layer.path) for layer in self.layers), default=0)
         lines = [
             f"{path:{width}}  "
             + (f"left: {reason}" if reason else f"folded, {position} {into}")
             for path, into, position, reason in self.layers
         ]
-        return "\n".join(
-            [*lines, f"{len(self.folded)} folded, {len(self.left)} left"]
-        )  # fmt: skip
+        return "\n".join([*lines, count])
 
 
 def report(
@@ -110,27 +125,71 @@ def report(
         if op in plan.results:
             layers.append(_layer(op, plan.results[op], plan.paths))
             continue
-        reason = f"it is inside `{op.name}`"
         layers += [
-            FoldedLayer(_prefix(mean, plan.paths), None, None, reason)
+            FoldedLayer(_path(mean, op, plan.paths), None, None, _why_inside(op, mean))
             for mean in _program.markers_inside(op)
         ]
     return FoldReport(tuple(layers))
 
 
 def _layer(op: _program.Op, found: Match | str, paths: dict) -> FoldedLayer:
-    # A derivative is given the same vectors, or what is made of them, in other places.
-    any_vector = next((v for v in op.inputs if v.of == _program.PARAMS), None)
-    path = _prefix(_markers.operands(op).get("mean", any_vector), paths)
+    mean = _markers.operands(op).get("mean")
+    path = _path(mean, op, paths)
     if isinstance(found, str):
+        if mean is not None and _is_of_the_batch(mean, op):
+            found = f"{found}, as in training: {INFERENCE}"
         return FoldedLayer(path, None, None, found)
     into = _plan.path_of(found.product.kernel, paths)
     return FoldedLayer(path, into, found.position, None)
 
 
-def _prefix(mean: _program.Value | None, paths: dict) -> str:
-    """The path of the statistics, without the name of the mean unless that is all."""
-    own = None if mean is None else _plan.root(mean)
+def _why_inside(op: _program.Op, mean: _program.Value | None) -> str:
+    """Why a normalization in the loops, branches or rules of `op` is left."""
+    by_batch = f"normalized by the batch, as in training: {INFERENCE}"
+    if mean is not None and _is_of_the_batch(mean, op):
+        return f"it is {by_batch}"
+    if _has_rule(op.params):
+        return f"it is inside `{op.name}`, and {by_batch}"
+    return f"it is inside `{op.name}`"
+
+
+def _is_of_the_batch(mean: _program.Value, op: _program.Op) -> bool:
+    """Whether the mean is made of an input that `op` is given in another way, too."""
+    if mean.of != _program.INPUTS:
+        return False
+    others = (_inputs_of(value) for value in op.inputs if value is not mean)
+    return not _inputs_of(mean).isdisjoint(set().union(*others))
+
+
+def _inputs_of(value: _program.Value) -> set[_program.Value]:
+    ops = [value.op] if value.op is not None else []
+    used = [v for op in _program.in_order(ops) for v in op.inputs]
+    return {v for v in (value, *used) if v.op is None and v.of == _program.INPUTS}
+
+
+def _has_rule(params: dict[str, Any]) -> bool:
+    """Whether one of the functions inside has a derivative of its own, as in training.
+
+    And normalizes: inference by running statistics has none.
+    """
+    for eqn in (e for j in core.jaxprs_in_params(params) for e in j.eqns):
+        name, call = eqn.primitive.name, eqn.primitive.bind
+        inner = _program.Op(name, [], call, params=eqn.params)
+        if inner.name in RULES and any(True for _ in _program.markers_inside(inner)):
+            return True
+        if _has_rule(eqn.params):
+            return True
+    return False
+
+
+def _path(mean: _program.Value | None, op: _program.Op, paths: dict) -> str:
+    """The path of the statistics, without the name of the mean unless that is all.
+
+    Where they are from elsewhere, that of the first other vector from `params`.
+    """
+    vectors = [mean, *(v for v in op.inputs if v.of == _program.PARAMS)]
+    roots = (_plan.root(v) for v in vectors if v is not None)
+    own = next((root for root in roots if root is not None), None)
     if own is None:
         return "(not from `params`)"
     return paths[own].rpartition("/")[0] or paths[own]
