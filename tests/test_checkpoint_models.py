@@ -266,7 +266,7 @@ def test_conventions_of_a_whole_equinox_model(equinox_net):
     eqx = pytest.importorskip("equinox", reason=peers.MISSING)
     make = eqx.nn.make_with_state(eqx.nn.BatchNorm)
     _, of_another = make(3, "batch", momentum=0.8, mode="batch")
-    with pytest.raises(ValueError, match="`state` has no `layers/2/ema_first_time_in"):
+    with pytest.raises(ValueError, match="`state` has no `layers/1/batch_counter`"):
         equinox.batch_norms(net, of_another)
     with pytest.raises(ValueError, match="`model` has no batch norm"):
         equinox.batch_norms(block.last, state)
