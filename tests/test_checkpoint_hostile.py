@@ -394,6 +394,29 @@ def test_what_only_64_bits_hold():
     assert torch.from_jaxbn({}, stats, unbiased=True)["running_var"][1] == 1e300
 
 
+def test_statistics_of_no_feature_axis():
+    one = np.float32(1)
+    numbers = {"running_mean": one, "running_var": one}
+    with pytest.raises(ValueError, match=r"`running_mean` has shape \(\), expected a"):
+        torch.to_jaxbn(numbers)
+    for name, (function, tree) in FUNCTIONS.items():
+        scalars = tree
+        for path, good in leaves_of(tree):
+            if not is_step(good):
+                scalars = replaced(scalars, path, one)
+        if not name.startswith("flax"):  # Its axes may be none.
+            message = refusal(name, function, scalars)
+            assert re.search(r"`.*(mean|vars/2|index\[0\]|feature_axes).*`", message)
+
+
+def test_negative_zero_is_a_variance():
+    zero = np.full(3, -0.0, np.float32)
+    assert_same(
+        torch.to_jaxbn({**TORCH, "running_var": zero}),
+        torch.to_jaxbn({**TORCH, "running_var": np.abs(zero)}),
+    )
+
+
 def test_torch_tensors_of_narrow_dtypes():
     t = pytest.importorskip("torch", reason="`make peers` installs it")
     for dtype in (t.bfloat16, t.float16, t.float8_e4m3fn, t.float8_e5m2, t.float64):

@@ -1,8 +1,8 @@
 """Other libraries: their checkpoints, their call signatures, what they need to know.
 
 `torch`, `keras`, `haiku`, `equinox`, `flax` and `praxis` turn the arrays of a batch
-norm into `(params, stats)`, as `jaxbn.layers.standard` has them, and back, and
-constructor arguments into options. None of these libraries is imported.
+norm, or of all in a model, into `(params, stats)`, as `jaxbn.layers.standard` has them,
+and back, and constructor arguments into options. None of these libraries is imported.
 """
 
 from jaxbn.interop import equinox as equinox

@@ -91,6 +91,15 @@ def require_vectors(found: Mapping[str, Any], library: str) -> None:
         )
 
 
+def require_features(key: str, found: Mapping[str, Any]) -> None:
+    """Refuses statistics that are single numbers, of no feature axis."""
+    if found["mean"].ndim == 0:
+        raise ValueError(
+            f"`{key}` has shape (), expected a value for each feature. Pass arrays of "
+            "shape (features,)."
+        )
+
+
 def require_step(found: Mapping[str, Any], library: str) -> None:
     """Refuses a step 0 of statistics that have moved, which would be forgotten."""
     moved = np.any(found["mean"] != 0) or np.any(found["var"] != 1)

@@ -274,6 +274,7 @@ def _to_jaxbn(
     _checks.require_flags(correct=correct)
     present, fields = _arrays.fields_of(arrays)
     found = _arrays.read(present, fields, at)
+    _checks.require_features(f"{at}{fields[1]}[0]", found)
     if fields == _arrays.BATCH:
         found = _arrays.debiased(found, momentum, correct, at + fields[1])
     elif momentum is not None or correct:

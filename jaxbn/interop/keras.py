@@ -265,6 +265,7 @@ def _to_jaxbn(
         return _renormed(arrays, known)
     names = {known[name]: ours for name, ours in NAMES.items()}
     found = _checkpoint.read(arrays, names)
+    _checks.require_features(known["moving_mean"], found)
     found = _checkpoint.tracked(
         found,
         known["moving_variance"],
@@ -281,6 +282,7 @@ def _renormed(arrays: Arrays, known: _names.Keys) -> tuple[Params, RenormStats]:
         raise ValueError(f"Not the arrays of one renorm layer: {missing} missing.")
     names = {known[name]: ours for name, ours in (NAMES | RENORM).items()}
     found = _checkpoint.read(arrays, names)
+    _checks.require_features(known["moving_mean"], found)
     for name in ("moving_stddev", "renorm_stddev"):
         _checks.require_at_least_0(known[name], found[RENORM[name]])
     pairs = {"renorm_mean": "moving_mean", "renorm_stddev": "moving_stddev"}

@@ -223,6 +223,7 @@ def _to_jaxbn(
 ) -> Converted:
     _checks.require_flags(minus_one=minus_one)
     found = _checkpoint.read(arrays, NAMES, at)
+    _checks.require_features(f"{at}moving_mean", found)
     if minus_one and "scale" in found:
         found["scale"] = found["scale"] + np.asarray(1, found["scale"].dtype)
     found = _checkpoint.tracked(

@@ -281,6 +281,7 @@ def _with_eps(var: np.ndarray, eps: float) -> np.ndarray:
 
 def _to_jaxbn(arrays: Arrays, at: str, unbiased: bool, count: Any) -> Converted:
     found = _checkpoint.read(arrays, NAMES, at)
+    _checks.require_features(f"{at}running_mean", found)
     if "bias" in found and "scale" not in found:
         raise ValueError(
             f"Not the arrays of one batch norm: `{at}bias` is there, and "
