@@ -119,8 +119,7 @@ def normalize_batch(
     **options: Any,
 ) -> jax.Array:
     """`x` normalized by `m`, which must be its own moments: the rule relies on it."""
-    if derivatives not in ("vjp", "jvp"):
-        raise ValueError(f"`derivatives` must be 'vjp' or 'jvp', got {derivatives!r}.")
+    require_derivatives(derivatives)
     static, *operands = checked_operands(x, m, scale, bias, **options)
     vectors = operands[1:3]
     if any(_axes.is_per_example(v, static.feature_axes) for v in vectors):
@@ -135,6 +134,12 @@ def normalize_batch(
     )
     static = static._replace(kernels=kernels)
     return _rules.vjp_form(static, *_rules.rule_operands(*operands))
+
+
+def require_derivatives(derivatives: str) -> None:
+    """Refuses another word than the two forms'."""
+    if derivatives not in ("vjp", "jvp"):
+        raise ValueError(f"`derivatives` must be 'vjp' or 'jvp', got {derivatives!r}.")
 
 
 def normalize_given(

@@ -4,6 +4,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 
@@ -35,6 +37,15 @@ def inexact_array(name: str, value: ArrayLike) -> jax.Array:
             f"Cast it first, for example `{name}.astype(jnp.float32)`."
         )
     return array
+
+
+def known(value: ArrayLike) -> np.ndarray | None:
+    """The numbers of `value`; None where they are traced, or on other machines."""
+    if isinstance(value, Tracer):
+        return None
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        return None
+    return np.asarray(value)
 
 
 def require_no_imaginary_loss(name: str, array: jax.Array, into: str, dtype) -> None:

@@ -56,10 +56,7 @@ def choose(
 
     `dtypes` are those of what else must be as narrow as the kernels' arithmetic.
     """
-    if implementation not in (None, "xla", "cpu"):
-        raise ValueError(
-            f"`implementation` must be None, 'xla' or 'cpu', got {implementation!r}."
-        )
+    require_implementation(implementation)
     if implementation == "xla":
         return None
     obstacle = _obstacle(x, feature_axes, weights, dtypes)
@@ -69,6 +66,14 @@ def choose(
             "Leave it out to have XLA compute where they cannot."
         )
     return None if obstacle else Chosen(feature_axes, implementation == "cpu")
+
+
+def require_implementation(implementation: str | None) -> None:
+    """Refuses another word than those that there are."""
+    if implementation not in (None, "xla", "cpu"):
+        raise ValueError(
+            f"`implementation` must be None, 'xla' or 'cpu', got {implementation!r}."
+        )
 
 
 def unless_for_accelerators(chosen: Chosen) -> Chosen | None:

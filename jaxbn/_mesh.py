@@ -156,6 +156,18 @@ def take_rows(table: jax.Array, index: jax.Array) -> jax.Array:
     )
 
 
+def is_spread_further(
+    x: jax.Array, weights: jax.Array | None, axis_name: AxisName | None
+) -> bool:
+    """Whether by its type `x` differs along axes that its weights are the same along.
+
+    Axes that are summed over do not count.
+    """
+    if weights is None:
+        return False
+    return bool(_varying(x) - _varying(weights) - frozenset(as_names(axis_name)))
+
+
 def require_same_on_all(name: str, array: jax.Array, axis_name: AxisName | None):
     """Refuses an array that, by its type, differs along the axes summed over."""
     differs = sorted(_varying(array) & frozenset(as_names(axis_name)))

@@ -19,7 +19,7 @@ class Moments(NamedTuple):
       mean: Array with the shape of the feature axes; complex for complex data.
       var: Biased variance E[|x − mean|²], real and never negative, of the same shape.
       count: The total weight n, summed over all devices: a scalar, or an array with the
-        shape of the feature axes where the weights vary along them.
+        shape of the feature axes where the weights have these axes, and not 1 instead.
 
     Example:
       >>> import jaxbn, jax.numpy as jnp
@@ -63,13 +63,14 @@ def moments(
         the same on all devices of `axis_name` (of each group, if there are groups); its
         entries that are not finite count as 0. A shift is data: gradients stop there.
       axis_name: Name or names of mapped axes (`jax.shard_map`, `jax.pmap`, `jax.vmap`)
-        to sum over. With a shift this takes one all-reduce, without one two.
+        to sum over. With a shift this takes one all-reduce; without one, or with the
+        CPU kernels, two.
       axis_index_groups: Groups of indices that partition the one named axis; each group
         then has moments of its own.
       implementation: What computes the sums. None takes the kernels of jaxbn-cpu where
         they are installed, know these dtypes and axes, and the program is lowered for a
-        CPU; there, one read of `x` is exact with and without a shift. "xla" declines
-        them, and "cpu" demands them.
+        CPU; there, one read of `x` is exact about any shift. "xla" declines them, and
+        "cpu" demands them.
 
     Returns:
       `Moments(mean, var, count)` in the accumulation dtype; `mean` and `var` have the
@@ -221,23 +222,26 @@ def _pooled(
 
     # The moments do not depend on the center, so neither does their derivative.
     count = _sums.total_weight(x, weights, feature_axes)
+    if count.size == 1 and _mesh.is_spread_further(x, weights, axis_name):
+        # Features are split, one to a device, and weights are not: so are not counts.
+        count = count.reshape(())
     if shift is not None and known_mean is None:
-        center = shift
-        sums = central_sums(x, center, weights, feature_axes)
+        sums = central_sums(x, shift, weights, feature_axes)
         *sums, count = all_sum(*sums, count)
+        return _from_sums(shift, count, *sums)
+    if known_mean is not None and axis_name is None:
+        center, count = all_sum(known_mean, count)
     else:
-        center = known_mean
-        if known_mean is None or axis_name is not None:
-            if known_mean is None:
-                x_ = lax.stop_gradient(x)
-                total = _sums.weighted_sum(x_, weights, feature_axes)
-            else:
-                total = count * known_mean
-            total, count = all_sum(total, count)
-            center = total / _sums.divisor(count)
-        if shift is not None:
-            center = jnp.where(count > 0, center, shift)
-        sums = all_sum(*central_sums(x, center, weights, feature_axes))
+        if known_mean is None:
+            data = lax.stop_gradient(x)
+            total = _sums.weighted_sum(data, weights, feature_axes)
+        else:
+            total = count * known_mean
+        total, count = all_sum(total, count)
+        center = total / _sums.divisor(count)
+    if shift is not None:
+        center = jnp.where(count > 0, center, shift)
+    sums = all_sum(*central_sums(x, center, weights, feature_axes))
     return _from_sums(center, count, *sums)
 
 

@@ -102,13 +102,16 @@ def optional_vector(
 
 def checked_epsilon(epsilon: ArrayLike) -> jax.Array:
     """Epsilon as a scalar array without gradient."""
+    values = _dtypes.known(epsilon)
+    if values is not None and not jnp.issubdtype(values.dtype, jnp.number):
+        raise TypeError(f"`epsilon` must be a number, got {epsilon!r}.")
     array = jnp.asarray(epsilon)
     if array.ndim or jnp.iscomplexobj(array):
         raise ValueError(
             f"`epsilon` must be a real scalar, got shape {array.shape}, dtype "
             f"{array.dtype}. To weigh features differently, add it to `var` yourself."
         )
-    if isinstance(epsilon, (int, float)) and epsilon < 0:
+    if values is not None and not values >= 0:
         raise ValueError(f"`epsilon` must not be negative, got {epsilon}.")
     return lax.stop_gradient(array)
 

@@ -10,6 +10,7 @@ This is a primitive, and not `lax.platform_dependent` in a `jax.custom_jvp`: whe
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import jax
 from jax.core import Tracer
@@ -46,12 +47,21 @@ class Operation(NamedTuple):
         return tuple(out)
 
 
-# Kept, since programs that were compiled are found by these very objects.
-@functools.lru_cache(maxsize=4096)
+# Programs that were compiled are found by these very objects, and hold them: they live
+# as long as JAX's own caches.
+_forms: WeakValueDictionary[tuple, ClosedJaxpr] = WeakValueDictionary()
+
+
 def _traced(form: Callable, tree, avals: tuple, mesh) -> ClosedJaxpr:
-    return jax.make_jaxpr(lambda *leaves: form(*jax.tree.unflatten(tree, leaves)))(
-        *avals
-    )
+    """The program of a form, the same object for the same arguments."""
+    key = form, tree, avals, mesh
+    if (known := _forms.get(key)) is not None:
+        return known
+
+    def function(*leaves):
+        return form(*jax.tree.unflatten(tree, leaves))
+
+    return _forms.setdefault(key, jax.make_jaxpr(function)(*avals))
 
 
 _operation = Primitive("jaxbn_operation")
@@ -60,18 +70,17 @@ _operation.multiple_results = True
 
 @_operation.def_impl
 def _impl(*leaves, **params):
-    return _compiled(**params)(*leaves)
+    return _run(*leaves, **params)
 
 
-@functools.lru_cache(maxsize=4096)
-def _compiled(**params):
-    def run(*leaves):
-        # Not traced under `jax.disable_jit`, nor where `jax_debug_nans` looks for one.
-        if not any(isinstance(leaf, Tracer) for leaf in leaves):
-            return jaxpr_as_fun(params["general"])(*leaves)
-        return _operation.bind(*leaves, **params)
-
-    return jax.jit(run)
+@functools.partial(
+    jax.jit, static_argnames=("general", "special", "platforms", "demanded")
+)
+def _run(*leaves, **params):
+    # Not traced under `jax.disable_jit`, nor where `jax_debug_nans` looks for one.
+    if not any(isinstance(leaf, Tracer) for leaf in leaves):
+        return jaxpr_as_fun(params["general"])(*leaves)
+    return _operation.bind(*leaves, **params)
 
 
 @_operation.def_abstract_eval

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
@@ -89,8 +90,10 @@ def update(
       unbiased: Take the batch's variance times n/(n − 1) where n > 1.
 
     Returns:
-      `RunningStats` with the dtypes of `stats`. Features without weight keep their
-      values; the step counts if any feature had weight. No gradient passes.
+      `RunningStats` with the dtypes of `stats`. In float16 and bfloat16, a step that
+      is too small for them leads to the next number towards the batch's: the average
+      is then over fewer batches than `momentum` says. Features without weight keep
+      their values; the step counts if any feature had weight. No gradient passes.
 
     Raises:
       TypeError: Complex moments for real statistics, or `unbiased` is not a bool.
@@ -115,12 +118,36 @@ def update(
     if unbiased:
         var = jnp.where(n > 1, var * (n / jnp.where(n > 1, n - 1, 1)), var)
 
-    mean, var = (
-        blended(old, new, keep, n).astype(old.dtype)
-        for old, new in ((stats.mean, moments.mean), (stats.var, var))
-    )
-    step = stats.step + jnp.any(n > 0).astype(stats.step.dtype)
+    mean = blended(stats.mean, moments.mean, keep, n)
+    return stepped(stats, mean, blended(stats.var, var, keep, n), 1 - keep, n)
+
+
+def stepped(
+    stats: RunningStats,
+    mean: jax.Array,
+    var: jax.Array,
+    share: jax.Array,
+    count: jax.Array,
+) -> RunningStats:
+    """Statistics after a step to `mean` and `var`, in which the batch has this share."""
+    step = stats.step + jnp.any(count > 0).astype(stats.step.dtype)
+    mean, var = _stored(stats.mean, mean, share), _stored(stats.var, var, share)
     return RunningStats(mean, var, step)
+
+
+def _stored(old: jax.Array, new: jax.Array, share: jax.Array) -> jax.Array:
+    """`new` in the dtype of `old`, but not rounded back to `old` on its way.
+
+    In bfloat16 a step of 1 % of the distance is less than half of the distance to the
+    next number, long before the batch's own value is reached.
+    """
+    stored = new.astype(old.dtype)
+    if jnp.finfo(old.dtype).bits >= 32:
+        return stored
+    wide = _dtypes.widen(old)
+    goal = wide + (new - wide) / jnp.where(share > 0, share, 1).astype(wide.dtype)
+    onward = jnp.nextafter(old, goal.astype(old.dtype))
+    return jnp.where((stored == old) & (new != wide), onward, stored)
 
 
 def blended(
@@ -203,6 +230,9 @@ def debiased(decay: float) -> Callable[[jax.Array], jax.Array]:
 
 @dataclasses.dataclass(frozen=True)
 class _Cumulative:
+    def __repr__(self) -> str:
+        return "cumulative()"
+
     def __call__(self, step: jax.Array) -> jax.Array:
         t = jnp.asarray(step).astype(float)
         return t / (t + 1)
@@ -211,6 +241,9 @@ class _Cumulative:
 @dataclasses.dataclass(frozen=True)
 class _Debiased:
     decay: float
+
+    def __repr__(self) -> str:
+        return f"debiased({self.decay})"
 
     def __call__(self, step: jax.Array) -> jax.Array:
         t = jnp.asarray(step).astype(float)
@@ -236,6 +269,12 @@ def _check_update(stats: RunningStats, moments: Moments, unbiased: bool) -> None
             f"moments.{name}", new, f"stats.{name}", old.dtype
         )
 
+    step = jnp.asarray(stats.step).dtype
+    if jnp.issubdtype(step, jnp.floating) and jnp.finfo(step).bits < 32:
+        raise TypeError(
+            f"`stats.step` is {step}, in which a count soon stops. Keep it an integer: "
+            "where statistics are cast, leave out what is not floating."
+        )
     count, features = moments.count.shape, stats.mean.shape
     if count not in ((), features):
         raise ValueError(
@@ -244,11 +283,24 @@ def _check_update(stats: RunningStats, moments: Moments, unbiased: bool) -> None
         )
 
 
-def _check_momentum(momentum: ArrayLike, stats: RunningStats) -> None:
-    if isinstance(momentum, (int, float)) and not 0 <= momentum <= 1:
-        raise ValueError(
-            f"`momentum` is the weight of the old value, from 0 to 1, got {momentum}."
+def require_momentum(momentum: Momentum) -> None:
+    """Refuses what is no weight of the old value, where it is known."""
+    if callable(momentum):
+        return
+    kind = "`momentum` is the weight of the old value, a number from 0 to 1"
+    values = _dtypes.known(momentum)
+    if values is None:
+        return
+    if not jnp.issubdtype(values.dtype, jnp.number) or np.iscomplexobj(values):
+        raise TypeError(
+            f"{kind}, an array of such, or a function of the step; got {momentum!r}."
         )
+    if not np.all((values >= 0) & (values <= 1)):
+        raise ValueError(f"{kind}, got {momentum}.")
+
+
+def _check_momentum(momentum: ArrayLike, stats: RunningStats) -> None:
+    require_momentum(momentum)
     shape, features = jnp.shape(momentum), stats.mean.shape
     if shape not in ((), features):
         raise ValueError(

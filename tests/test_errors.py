@@ -442,7 +442,7 @@ CASES = {
     "streaming of other features": (
         lambda: trained(layers.streaming(), features=2),
         ValueError,
-        ["`state.mean` has shape (2,)", "(3,)", "`init`"],
+        ["`state.mean` is for features of shape (2,)", "(3,)", "`init(3)`"],
     ),
     "linen ghost without groups": (
         lambda: jaxbn.linen.GhostBatchNorm(True).apply({}, X),

@@ -116,8 +116,8 @@ def test_variance_when_warm(mean):
     assert error(running_stats(OURS, x, steps=2)) < 1e-6
     assert error(running_stats(OURS, x, use_fast_variance=False)) < 1e-6
     assert error(running_stats(FLAX, x, steps=2)) > 1e-2
-    # Cold, at a running mean of 0, the fast variance is Flax's.
-    assert error(running_stats(OURS, x)) > 1e-3
+    # Cold, at a running mean of 0, XLA's fast variance is Flax's.
+    assert error(running_stats(OURS, x, implementation="xla")) > 1e-3
 
 
 @pytest.mark.parametrize("far", [10, 100])
@@ -132,10 +132,9 @@ def test_variance_far_from_the_running_mean(far):
     assert_close(new["batch_stats"]["var"], truth, 3e-7 * (1 + far**2))
 
 
-@pytest.mark.parametrize("cls", [OURS, FLAX])
-def test_statistics_restored_narrow_are_widened(cls):
+def test_statistics_restored_narrow_arrive():
     x = numbers((64, 3), "float32", mean=5.0)
-    layer = cls(False)
+    layer = OURS(False)
     variables = layer.init(jax.random.key(0), x)
     variables["batch_stats"] = jax.tree.map(
         lambda a: np.asarray(a.astype(jnp.bfloat16)), variables["batch_stats"]
@@ -144,8 +143,8 @@ def test_statistics_restored_narrow_are_widened(cls):
     for _ in range(600):
         variables = {**variables, **step(variables)}
     stats = variables["batch_stats"]
-    assert stats["mean"].dtype == stats["var"].dtype == jnp.float32
-    assert_close(stats["mean"], x.mean(0), 5e-3)
+    assert stats["mean"].dtype == stats["var"].dtype == jnp.bfloat16
+    assert_close(wide(stats["mean"]), x.mean(0), 5e-3)
 
 
 def test_state_keeps_its_dtype_through_a_scan(x64):

@@ -92,11 +92,102 @@ def test_values_and_derivatives(layout, kind, dtype, near):
             assert_close(got, truth, rtol=2e-3, atol=2e-4 * size)
 
 
-@pytest.mark.parametrize("mean", [1e2, 1e4])
-def test_the_variance_is_exact_without_a_shift(mean):
-    x = numbers((30000, 16), "float32", mean=mean, std=1.0)
-    m = jax.jit(partial(jaxbn.moments, implementation="cpu"))(x)
-    assert_close(m.var, np.asarray(x, np.float64).var(0), rtol=1e-6, atol=0)
+FAR = jnp.zeros(4)  # As a running mean is at first.
+
+
+def far(dtype="float32", rows=64, ratio=1e4):
+    """Data that are as far from 0 as their ratio of mean to standard deviation says."""
+    if dtype == "bfloat16":  # Neighbours in 8 bits: they do not differ by less.
+        steps = np.random.default_rng(0).integers(0, 3, size=(rows, 4))
+        return jnp.asarray(256 + 2.0 * steps, dtype)
+    return numbers((rows, 4), dtype, mean=ratio, std=1.0)
+
+
+def exact_var(x, w=None):
+    return oracle.moments(x, (0,), w).var[0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shift", [None, FAR], ids=["none", "far"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_variance_is_exact_about_any_shift(dtype, shift, weighted):
+    x = far(dtype, rows=30000)
+    w = np.random.default_rng(1).integers(0, 3, size=(30000, 1)) if weighted else None
+    f = partial(jaxbn.moments, weights=w, shift=shift, implementation="cpu")
+    for run in (f, jax.jit(f)):
+        m = run(x)
+        assert_close(m.var, exact_var(x, w), rtol=1e-6)
+        assert_close(m.mean, oracle.moments(x, (0,), w).mean[0], rtol=1e-7)
+
+
+def test_without_any_weight_the_mean_is_the_shift():
+    shift = jnp.arange(4.0)
+    m = jaxbn.moments(far(), weights=False, shift=shift, implementation="cpu")
+    spread.close(m, jaxbn.Moments(shift, jnp.zeros(4), jnp.zeros(())))
+
+
+@pytest.mark.parametrize("name", [n for n in spread.CONTEXTS if n != "vmap"])
+def test_the_variance_is_exact_over_devices_about_any_shift(name):
+    args = far(rows=spread.ROWS)[:, :3], *[jnp.ones(3)] * 2, jnp.ones((spread.ROWS, 1))
+    _, (_, m, _) = jax.jit(partial(spread.CONTEXTS[name], form="vjp", shift=0.0))(*args)
+    x = args[0] + 1 if name == "scan" else args[0]
+    for m in (m, jax.tree.map(lambda a: a[0] if a.ndim > 1 else a, m)):
+        assert_close(np.reshape(m.var, -1)[:3], exact_var(args[0]), rtol=1e-5)
+    assert x.shape
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_the_variance_is_exact_on_meshes_about_any_shift(kind):
+    mesh = spread.mesh_of(8, kind=kind)
+    x = far()
+    with jax.set_mesh(mesh):
+        spread_x = jax.device_put(x, NamedSharding(mesh, P("data")))
+        m = jax.jit(partial(jaxbn.moments, shift=FAR, implementation="cpu"))(spread_x)
+    assert_close(m.var, exact_var(x), rtol=1e-5)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_groups_are_pooled_exactly_about_any_shift(devices):
+    layer = jaxbn.layers.ghost(num_groups=8, momentum=0.0)
+    params, state = layer.init(4)
+    x = far()
+    run = partial(layer.apply, params, state, training=True)
+    if devices > 1:
+        layer = jaxbn.layers.ghost(num_groups=8, momentum=0.0, axis_name="data")
+        run = jax.shard_map(
+            partial(layer.apply, params, state, training=True),
+            mesh=spread.mesh_of(8),
+            in_specs=P("data"),
+            out_specs=(P("data"), P()),
+        )
+    y, new = jax.jit(run)(x)
+    assert_close(new.var, exact_var(x), rtol=1e-5)
+    truth, _ = oracle.groups(x, np.repeat(np.arange(8), 8))
+    assert_close(y, truth, rtol=5e-3, atol=5e-3)  # x has no more digits.
+
+
+@pytest.mark.parametrize("form", spread.FORMS)
+def test_derivatives_are_exact_about_any_shift(form, x64):
+    """To what x has digits for: at 1e4 its mean is rounded to 1e-3 of a deviation."""
+    x, scale, bias = far(), numbers(4, "float32", 5), numbers(4, "float32", 6)
+
+    def loss(x, scale, bias, implementation):
+        options = {"shift": FAR.astype(x.dtype), "implementation": implementation}
+        y, m = batch_norm(x, scale, bias, derivatives=form, **options)
+        return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.cos(m.var) + m.mean)
+
+    def penalty(*args):
+        grads = jax.grad(loss, (0, 1, 2))(*args)
+        return sum(jnp.sum(jnp.sin(g)) for g in grads)
+
+    wide = [jnp.asarray(a, jnp.float64) for a in (x, scale, bias)]
+    for f in (loss, penalty):
+        gradient = jax.jit(jax.grad(f, (0, 1, 2)), static_argnums=3)
+        for got, truth in zip(
+            gradient(x, scale, bias, "cpu"), gradient(*wide, "xla"), strict=True
+        ):
+            size = float(np.abs(truth).max())
+            assert_close(got, truth, rtol=5e-3, atol=5e-3 * size)
 
 
 def test_nan_under_the_mask_reaches_nothing():

@@ -100,7 +100,7 @@ def test_unbiased_with_float_weights(w):
     x = np.array([1.0, 2.0, 4.0, 8.0], np.float32)
     m = jaxbn.moments(x[:, None], weights=w[:, None])
     new = jaxbn.update(jaxbn.init_stats(1), m, momentum=0.0, unbiased=True)
-    n, biased = float(m.count), float(m.var[0])
+    n, biased = float(m.count[0]), float(m.var[0])
     expected = 1.0 if n == 0 else biased * n / (n - 1) if n > 1 else biased
     assert_close(new.var[0], expected, 1e-4)
 

@@ -14,11 +14,13 @@ from jaxbn.layers._layer import (
     Layer,
     Params,
     compose,
+    factory,
     init_affine,
     require_one_count,
 )
 
 
+@factory
 def conditional(
     *,
     num_classes: int | None = None,
@@ -35,6 +37,7 @@ def conditional(
     dtype: DTypeLike | None = None,
     param_dtype: DTypeLike = jnp.float32,
     stats_dtype: DTypeLike = jnp.float32,
+    implementation: str | None = None,
 ) -> Layer:
     """Conditional batch norm: each example is scaled and moved by what it is of.
 
@@ -64,6 +67,7 @@ def conditional(
       dtype: The output's dtype, by default that of `x`.
       param_dtype: The dtype of the parameters.
       stats_dtype: The dtype of the running mean; complex for complex input.
+      implementation: What computes the sums of a batch, as for `moments`.
 
     Returns:
       A `Layer`. `apply` needs `condition` too: integers from 0 to `num_classes` − 1,
@@ -109,7 +113,6 @@ def conditional(
 
     def affine(params: Params, condition, x) -> list[jax.Array | None]:
         """Scale and bias of each example."""
-        x = _dtypes.inexact_array("x", x)
         axes = _axes.canonical(feature_axes, x.ndim)
         if by_class:
             ids = example_ids("condition", condition, x, axes)
@@ -124,7 +127,11 @@ def conditional(
         return [of_each.get("scale"), of_each.get("bias")]
 
     same = {"feature_axes": feature_axes, "epsilon": epsilon, "dtype": dtype}
-    over = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
+    over = {
+        "axis_name": axis_name,
+        "axis_index_groups": axis_index_groups,
+        "implementation": implementation,
+    }
 
     def train(params, state: RunningStats, x, weights, condition=None):
         return batch_norm(
@@ -148,7 +155,14 @@ def conditional(
         return update(state, m, momentum=momentum, unbiased=unbiased)
 
     return compose(
-        init, names + kernels, train=train, infer=infer, measure=measure, update=move
+        init,
+        names + kernels,
+        feature_axes=feature_axes,
+        train=train,
+        infer=infer,
+        measure=measure,
+        update=move,
+        inputs=("condition",),
     )
 
 

@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxbn import _axes, _dtypes, _mesh
+from jaxbn import _axes, _mesh
 from jaxbn._batch_norm import normalize_given
 from jaxbn._moments import Moments, merge_moments
 from jaxbn._running_stats import Momentum, RunningStats, init_stats, update
 from jaxbn.layers._examples import example_ids, example_moments
-from jaxbn.layers._layer import Layer, compose, init_affine, require_count
+from jaxbn.layers._layer import Layer, compose, factory, init_affine, require_count
 
 
+@factory
 def domain(
     *,
     num_domains: int,
@@ -30,6 +31,7 @@ def domain(
     dtype: DTypeLike | None = None,
     param_dtype: DTypeLike = jnp.float32,
     stats_dtype: DTypeLike = jnp.float32,
+    implementation: str | None = None,
 ) -> Layer:
     """Domain-specific batch norm: every domain has statistics of its own.
 
@@ -61,6 +63,7 @@ def domain(
       dtype: The output's dtype, by default that of `x`.
       param_dtype: The dtype of the parameters.
       stats_dtype: The dtype of the running means; complex for complex input.
+      implementation: What computes the sums of each example, as for `moments`.
 
     Returns:
       A `Layer`. `apply` needs `domain_ids` too: integers from 0 to `num_domains` − 1,
@@ -101,21 +104,26 @@ def domain(
 
         return params if shared_affine else repeated(params), repeated(state)
 
-    def located(x, domain_ids) -> tuple[jax.Array, tuple[int, ...], jax.Array]:
-        """x as an array, its feature axes, and each example's domain."""
-        x = _dtypes.inexact_array("x", x)
+    def located(x, domain_ids) -> tuple[tuple[int, ...], jax.Array]:
+        """The feature axes of x, and each example's domain."""
         axes = _axes.canonical(feature_axes, x.ndim)
-        return x, axes, example_ids("domain_ids", domain_ids, x, axes)
+        return axes, example_ids("domain_ids", domain_ids, x, axes)
 
     def pooled(state: RunningStats, x, weights, domain_ids, *, fast: bool) -> Moments:
-        x, axes, ids = located(x, domain_ids)
+        axes, ids = located(x, domain_ids)
         mean = state.mean if fast else None
-        m = example_moments(x, axes, weights=weights, shift=_of_each(mean, ids))
+        m = example_moments(
+            x,
+            axes,
+            weights=weights,
+            shift=_of_each(mean, ids),
+            implementation=implementation,
+        )
         return _of_domains(m, ids, num_domains, mean, axis_name)
 
     def normalized(params, table, x, weights, domain_ids) -> jax.Array:
         """Each example by its domain's row of a table of moments or statistics."""
-        x, axes, ids = located(x, domain_ids)
+        axes, ids = located(x, domain_ids)
         scale, bias = params.get("scale"), params.get("bias")
         if not shared_affine:
             scale, bias = _of_each(scale, ids), _of_each(bias, ids)
@@ -141,7 +149,16 @@ def domain(
         return pooled(state, x, weights, domain_ids, fast=False)
 
     move = jax.vmap(functools.partial(update, momentum=momentum, unbiased=unbiased))
-    return compose(init, names, train=train, infer=infer, measure=measure, update=move)
+    return compose(
+        init,
+        names,
+        feature_axes=feature_axes,
+        train=train,
+        infer=infer,
+        measure=measure,
+        update=move,
+        inputs=("domain_ids",),
+    )
 
 
 def _of_domains(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxbn import _axes
+from jaxbn import _axes, _dtypes
 from jaxbn._moments import Moments, moments
 
 
@@ -16,6 +16,7 @@ def example_moments(
     *,
     weights: ArrayLike | None = None,
     shift: jax.Array | None = None,
+    implementation: str | None = None,
 ) -> Moments:
     """The moments of each example, stacked along a first axis; `shift` alike."""
     batch = _axes.batch_axis(feature_axes, x)
@@ -23,19 +24,24 @@ def example_moments(
     place = axes.index(batch)
     if shift is not None:
         shift = jnp.moveaxis(shift, 0, place)
-    m = moments(x, feature_axes=axes, weights=weights, shift=shift)
+    m = moments(
+        x,
+        feature_axes=axes,
+        weights=weights,
+        shift=shift,
+        implementation=implementation,
+    )
     mean, var = (jnp.moveaxis(v, place, 0) for v in (m.mean, m.var))
     if m.count.ndim == 0:
         return Moments(mean, var, jnp.broadcast_to(m.count, mean.shape[:1]))
     return Moments(mean, var, jnp.moveaxis(m.count, place, 0))
 
 
-def positions(x: ArrayLike, feature_axes: _axes.Axes) -> int:
+def positions(x: jax.Array, feature_axes: tuple[int, ...]) -> jax.Array:
     """How many positions an example of `x` has for each feature."""
-    x = jnp.asarray(x)
-    axes = _axes.canonical(feature_axes, x.ndim)
-    batch = _axes.batch_axis(axes, x)
-    return prod(_axes.lengths(x, _axes.others((batch, *axes), x.ndim)))
+    batch = _axes.batch_axis(feature_axes, x)
+    rest = _axes.others((batch, *feature_axes), x.ndim)
+    return jnp.asarray(prod(_axes.lengths(x, rest)), _dtypes.accumulation(x.dtype))
 
 
 def example_ids(

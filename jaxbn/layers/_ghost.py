@@ -5,15 +5,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from jaxbn import _axes, _dtypes, _mesh
+from jaxbn import _axes, _dtypes, _kernels, _mesh
 from jaxbn._batch_norm import batch_norm
 from jaxbn._moments import Moments, merge_moments, moments
+from jaxbn._normalize import normalize
 from jaxbn._running_stats import Momentum, RunningStats, update
-from jaxbn.layers._layer import Layer, compose, require_one_count
+from jaxbn.layers._layer import Layer, compose, factory, init_of, require_one_count
 from jaxbn.layers._partition import Partition, partition
-from jaxbn.layers._standard import standard
 
 
+@factory
 def ghost(
     *,
     group_size: int | None = None,
@@ -32,6 +33,7 @@ def ghost(
     param_dtype: DTypeLike = jnp.float32,
     stats_dtype: DTypeLike = jnp.float32,
     derivatives: str = "vjp",
+    implementation: str | None = None,
 ) -> Layer:
     """Ghost batch norm: each group of examples is normalized by its own statistics.
 
@@ -66,6 +68,7 @@ def ghost(
       param_dtype: The dtype of the parameters.
       stats_dtype: The dtype of the running mean; complex for complex input.
       derivatives: "vjp" or "jvp", as for `batch_norm`.
+      implementation: What computes the sums of a batch, as for `moments`.
 
     Returns:
       A `Layer`. Its state is a `RunningStats`. With `update_per_group`, its `forward`
@@ -89,19 +92,10 @@ def ghost(
       Hoffer, Hubara and Soudry, "Train longer, generalize better" (2017), algorithm 1.
     """
     option = require_one_count(group_size=group_size, num_groups=num_groups)
-    rest = standard(
-        feature_axes=feature_axes,
-        epsilon=epsilon,
-        use_scale=use_scale,
-        use_bias=use_bias,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        stats_dtype=stats_dtype,
-    )
+    init = init_of(use_scale, use_bias, param_dtype, stats_dtype)
     names = ["scale"] * use_scale + ["bias"] * use_bias
 
     def train(params, state: RunningStats, x, weights):
-        x = _dtypes.inexact_array("x", x)
         axes = _axes.canonical(feature_axes, x.ndim)
         groups = partition(x, axes, option, strided=strided, axis_name=axis_name)
         if weights is not None:
@@ -120,19 +114,37 @@ def ghost(
             axis_index_groups=groups.axis_index_groups,
             dtype=dtype,
             derivatives=derivatives,
+            implementation=implementation,
         )
         m, over = _of_all_groups(m, groups, axis_name, gather=update_per_group)
         if not update_per_group:
-            shift = state.mean if use_fast_variance else None
+            # A shift spares a collective, and digits where it is far.
+            by = implementation, split, groups.feature_axes, weights
+            near = use_fast_variance and over is not None and not _kernels.choose(*by)
+            shift = state.mean if near else None
             m = merge_moments(m, shift=shift, axis_name=over)
         return _mesh.reshape_like(y, x), m
 
     def infer(params, state: RunningStats, x, weights):
-        return rest.apply(params, state, x, training=False)[0]
+        return normalize(
+            x,
+            state.mean,
+            state.var,
+            params.get("scale"),
+            params.get("bias"),
+            feature_axes=feature_axes,
+            epsilon=epsilon,
+            dtype=dtype,
+        )
 
     def measure(state, x, weights):
-        over = {"feature_axes": feature_axes, "axis_name": axis_name}
-        return moments(x, weights=weights, **over)
+        return moments(
+            x,
+            feature_axes=feature_axes,
+            weights=weights,
+            axis_name=axis_name,
+            implementation=implementation,
+        )
 
     def move(state: RunningStats, m: Moments):
         if jnp.ndim(m.mean) > jnp.ndim(state.mean):
@@ -140,7 +152,13 @@ def ghost(
         return update(state, m, momentum=momentum, unbiased=unbiased)
 
     return compose(
-        rest.init, names, train=train, infer=infer, measure=measure, update=move
+        init,
+        names,
+        feature_axes=feature_axes,
+        train=train,
+        infer=infer,
+        measure=measure,
+        update=move,
     )
 
 

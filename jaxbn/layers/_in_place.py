@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
@@ -13,12 +12,12 @@ from jaxbn._moments import Moments, moments
 from jaxbn._normalize import normalize
 from jaxbn._rules import rule_operands
 from jaxbn._running_stats import Momentum, RunningStats, update
-from jaxbn.layers._layer import Layer, compose
-from jaxbn.layers._standard import standard
+from jaxbn.layers._layer import Layer, compose, factory, init_of
 
 ACTIVATIONS = ("leaky_relu", "elu", "identity")
 
 
+@factory
 def in_place(
     *,
     activation: str = "leaky_relu",
@@ -35,6 +34,7 @@ def in_place(
     dtype: DTypeLike | None = None,
     param_dtype: DTypeLike = jnp.float32,
     stats_dtype: DTypeLike = jnp.float32,
+    implementation: str | None = None,
 ) -> Layer:
     """Batch norm and an activation φ, of which the backward pass keeps only the output.
 
@@ -72,6 +72,8 @@ def in_place(
       dtype: The output's dtype, by default that of `x`.
       param_dtype: The dtype of the parameters.
       stats_dtype: The dtype of the running mean.
+      implementation: What computes the moments of a batch, as for `moments`; XLA
+        computes the backward pass.
 
     Returns:
       A `Layer`. Its state is a `RunningStats`.
@@ -94,12 +96,7 @@ def in_place(
       Optimized Training of DNNs" (2018).
     """
     phi = _activation(activation, negative_slope)
-    rest = standard(
-        use_scale=use_scale,
-        use_bias=use_bias,
-        param_dtype=param_dtype,
-        stats_dtype=stats_dtype,
-    )
+    init = init_of(use_scale, use_bias, param_dtype, stats_dtype)
     names = ["scale"] * use_scale + ["bias"] * use_bias
 
     def affine(params):
@@ -112,24 +109,24 @@ def in_place(
     same = {"feature_axes": feature_axes, "epsilon": epsilon}
     over = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
 
-    def real(params, x) -> tuple[jax.Array, Any]:
-        """x as an array, and its output's dtype."""
-        x = _dtypes.inexact_array("x", x)
+    def output_dtype(params, x) -> Any:
+        """The output's dtype; complex numbers are refused."""
         for name, array in {"x": x, **params}.items():
             if jnp.iscomplexobj(array):
                 raise TypeError(
                     f"`{name}` is complex ({array.dtype}), but `in_place` works on "
                     "real numbers. Use `standard`, or pass real and imaginary parts."
                 )
-        return x, _dtypes.output(x.dtype, dtype)
+        return _dtypes.output(x.dtype, dtype)
 
     def train(params, state: RunningStats, x, weights):
-        x, out = real(params, x)
+        out = output_dtype(params, x)
         m = moments(
             x,
             feature_axes=feature_axes,
             weights=weights,
             shift=state.mean if use_fast_variance else None,
+            implementation=implementation,
             **over,
         )
         rule, *operands = checked_operands(
@@ -139,19 +136,31 @@ def in_place(
         return z, m
 
     def infer(params, state: RunningStats, x, weights):
-        x, out = real(params, x)
+        out = output_dtype(params, x)
         wide = _dtypes.accumulation(x.dtype, out)
         vectors = state.mean, state.var, *affine(params)
         return phi(normalize(x, *vectors, dtype=wide, **same)).astype(out)
 
     def measure(state, x, weights):
-        return moments(x, feature_axes=feature_axes, weights=weights, **over)
+        return moments(
+            x,
+            feature_axes=feature_axes,
+            weights=weights,
+            implementation=implementation,
+            **over,
+        )
 
     def move(state: RunningStats, m: Moments):
         return update(state, m, momentum=momentum, unbiased=unbiased)
 
     return compose(
-        rest.init, names, train=train, infer=infer, measure=measure, update=move
+        init,
+        names,
+        feature_axes=feature_axes,
+        train=train,
+        infer=infer,
+        measure=measure,
+        update=move,
     )
 
 

@@ -1,17 +1,23 @@
 """What every layer is: a few pure functions."""
 
+import functools
+import inspect
 import operator
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, ParamSpec, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
-from jaxbn import _axes
+from jaxbn import _axes, _dtypes
 from jaxbn._moments import Moments
+from jaxbn._running_stats import init_stats
+from jaxbn.layers._made import Function, Made
 
 Params = dict[str, jax.Array]
+Options = ParamSpec("Options")
 
 
 class Init(Protocol):
@@ -25,12 +31,17 @@ class Init(Protocol):
 Apply = Callable[..., tuple[jax.Array, Any]]
 
 
+@jax.tree_util.register_static
 class Layer(NamedTuple):
     """A batch norm as pure functions, in the manner of optax.
 
     `init` and `apply` are all that training and inference need. `forward` and `update`
     are the halves of `apply`, for moments that come in several parts or from elsewhere:
     in training, `apply` is `y, m = forward(...)`, `state = update(state, m)`.
+
+    Layers with equal options are equal, hash alike and can be pickled, and so are and
+    can their functions. For JAX a layer is no leaf, but part of a tree's structure: it
+    may be an argument of a compiled function, or a field of a module.
 
     Attributes:
       init: `init(features) -> (params, state)`. `features` is the number of features,
@@ -47,6 +58,8 @@ class Layer(NamedTuple):
     Example:
       >>> import jax, jaxbn, jax.numpy as jnp
       >>> layer = jaxbn.layers.standard(momentum=0.5)
+      >>> layer
+      standard(momentum=0.5)
       >>> params, state = layer.init(1)
       >>> def forward(x):  # two micro-batches, one step of the statistics
       ...     return layer.forward(params, state, x, training=True)
@@ -60,37 +73,85 @@ class Layer(NamedTuple):
     forward: Callable[..., tuple[jax.Array, Moments]]
     update: Callable[[Any, Moments], Any]
 
+    def __repr__(self) -> str:
+        return repr(self.apply.made)  # type: ignore  (a `Function`)
+
+
+def factory(make: Callable[Options, Layer]) -> Callable[Options, Layer]:
+    """For a function that makes layers: those of equal options are equal."""
+
+    @functools.wraps(make)
+    def made(*args: Options.args, **options: Options.kwargs) -> Layer:
+        try:
+            given = inspect.signature(make).bind(*args, **options).arguments
+        except TypeError as error:
+            raise TypeError(f"{make.__name__}() {error}") from None
+        how = Made(made, given)
+        return Layer(*(Function(how, name) for name in Layer._fields))
+
+    return made
+
 
 def compose(
     init: Init,
     names: list[str],
     *,
+    feature_axes: _axes.Axes,
     train: Callable[..., tuple[jax.Array, Moments]],
     infer: Callable[..., jax.Array],
     measure: Callable[..., Moments],
     update: Callable[[Any, Moments], Any],
+    inputs: tuple[str, ...] = (),
 ) -> Layer:
     """The layer with parameters of these names that has these parts.
 
     `train`, `infer` and `measure` are called with the parameters (not `measure`), the
-    state, `x`, the weights, and what else the layer's `apply` takes by keyword.
+    state, `x` as an array, the weights, and the `inputs`, further keywords of `apply`.
     """
 
-    def forward(params, state, x, *, training, weights=None, **inputs):
-        require_call(training, params, names)
+    def checked(training, params, state, x, given: dict) -> tuple[jax.Array, dict]:
+        require_training(training)
+        require_names(params, names)
+        if unknown := sorted(set(given) - set(inputs)):
+            known = ["training", "weights", *inputs]
+            raise TypeError(
+                f"This layer takes the keywords {known}, got also {unknown}. A mask is "
+                "`weights`."
+            )
+        x = _dtypes.inexact_array("x", x)
+        require_state(state, x, _axes.canonical(feature_axes, x.ndim))
+        return x, {name: given.get(name) for name in inputs}
+
+    def forward(params, state, x, *, training, weights=None, **given):
+        x, given = checked(training, params, state, x, given)
         if training:
-            return train(params, state, x, weights, **inputs)
-        y = infer(params, state, x, weights, **inputs)
-        return y, measure(state, x, weights, **inputs)
+            return train(params, state, x, weights, **given)
+        y = infer(params, state, x, weights, **given)
+        return y, measure(state, x, weights, **given)
 
-    def apply(params, state, x, *, training, weights=None, **inputs):
-        require_call(training, params, names)
+    def apply(params, state, x, *, training, weights=None, **given):
+        x, given = checked(training, params, state, x, given)
         if not training:
-            return infer(params, state, x, weights, **inputs), state
-        y, m = train(params, state, x, weights, **inputs)
-        return y, update(state, m)
+            return infer(params, state, x, weights, **given), state
+        y, m = train(params, state, x, weights, **given)
+        return y, move(state, m)
 
-    return Layer(init, apply, forward, update)
+    def move(state, moments):
+        return update(state, moments)
+
+    return Layer(init, apply, forward, move)
+
+
+def init_of(
+    use_scale: bool, use_bias: bool, param_dtype: DTypeLike, stats_dtype: DTypeLike
+) -> Init:
+    """The `init` of a layer with a scale, a bias and `RunningStats`."""
+
+    def init(features):
+        params = init_affine(features, use_scale, use_bias, param_dtype)
+        return params, init_stats(features, dtype=stats_dtype)
+
+    return init
 
 
 def init_affine(
@@ -109,18 +170,40 @@ def init_affine(
     return params
 
 
-def require_call(training: Any, params: Params, names: list[str]) -> None:
-    """Refuses a traced `training`, and other parameters than the layer's own."""
-    if not isinstance(training, bool):
+def require_training(training: Any) -> None:
+    """Refuses a `training` that is traced, or no truth value."""
+    if not isinstance(training, (bool, np.bool_)):
         raise TypeError(
             f"`training` must be a Python bool, got {training!r}. It chooses between "
             "two programs: close over it, or mark it static in `jax.jit` "
             "(`static_argnames='training'`)."
         )
+
+
+def require_names(params: Params, names: Iterable[str]) -> None:
+    """Refuses other parameters than the layer's own."""
     if set(params) != set(names):
         raise ValueError(
             f"`params` has {sorted(params)}, expected {sorted(names)}. Take them from "
             "this layer's `init`; `use_scale` and `use_bias` decide which there are."
+        )
+
+
+def require_state(state: Any, x: jax.Array, feature_axes: tuple[int, ...]) -> None:
+    """Refuses a state that is of other features than `x`, or no state."""
+    if not hasattr(state, "mean"):
+        raise TypeError(
+            f"`state` is {type(state).__name__}, expected what this layer's `init` "
+            "makes, with a field `mean`. `apply` takes `(params, state, x)`."
+        )
+    features, shape = _axes.lengths(x, feature_axes), np.shape(state.mean)
+    own = shape[max(len(shape) - len(features), 0) :]
+    if own != features:
+        needed = features[0] if len(features) == 1 else features
+        raise ValueError(
+            f"`state.mean` is for features of shape {own}, but `x` of shape {x.shape} "
+            f"has {features} along `feature_axes`, {feature_axes}. Make the state by "
+            f"`init({needed})`, or name other `feature_axes`."
         )
 
 

@@ -15,7 +15,7 @@ from jaxbn._batch_norm import normalize_batch
 from jaxbn._moments import Moments, moments
 from jaxbn._normalize import normalize
 from jaxbn._running_stats import Momentum, RunningStats, init_stats, update
-from jaxbn.layers._layer import Layer, compose, init_affine
+from jaxbn.layers._layer import Layer, compose, factory, init_affine
 
 Limit = ArrayLike | Callable[[jax.Array], ArrayLike]
 
@@ -40,6 +40,7 @@ class RenormStats(NamedTuple):
     step: jax.Array
 
 
+@factory
 def renorm(
     *,
     r_max: Limit = 3.0,
@@ -56,6 +57,7 @@ def renorm(
     param_dtype: DTypeLike = jnp.float32,
     stats_dtype: DTypeLike = jnp.float32,
     derivatives: str = "vjp",
+    implementation: str | None = None,
 ) -> Layer:
     """Batch renormalization: batch norm, corrected towards the running statistics.
 
@@ -89,6 +91,7 @@ def renorm(
       stats_dtype: The dtype of the running mean; complex for complex input, where d is
         clipped in its magnitude.
       derivatives: "vjp" or "jvp", as for `batch_norm`.
+      implementation: What computes the sums of a batch, as for `moments`.
 
     Returns:
       A `Layer`. Its state is a `RenormStats`; the variance of the moments that its
@@ -121,7 +124,11 @@ def renorm(
         return params, RenormStats(*stats)
 
     same = {"feature_axes": feature_axes, "dtype": dtype}
-    over = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
+    over = {
+        "axis_name": axis_name,
+        "axis_index_groups": axis_index_groups,
+        "implementation": implementation,
+    }
 
     def correction(state: RenormStats, m: Moments) -> tuple[jax.Array, jax.Array]:
         state, m = lax.stop_gradient((state, m))
@@ -157,7 +164,6 @@ def renorm(
         return y, with_epsilon(m)
 
     def infer(params, state: RenormStats, x, weights):
-        x = _dtypes.inexact_array("x", x)
         var = jnp.square(_dtypes.widen(state.std, x))
         affine = params.get("scale"), params.get("bias")
         return normalize(x, state.mean, var, *affine, epsilon=0, **same)
@@ -172,7 +178,15 @@ def renorm(
         old, new = RunningStats(*state), m._replace(var=std)
         return RenormStats(*update(old, new, momentum=momentum))
 
-    return compose(init, names, train=train, infer=infer, measure=measure, update=move)
+    return compose(
+        init,
+        names,
+        feature_axes=feature_axes,
+        train=train,
+        infer=infer,
+        measure=measure,
+        update=move,
+    )
 
 
 def _affine(d, scale, bias) -> jax.Array:

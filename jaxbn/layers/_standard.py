@@ -4,16 +4,17 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from jaxbn import _axes, _dtypes, _mesh
+from jaxbn import _axes, _mesh
 from jaxbn._batch_norm import batch_norm, normalize_given
 from jaxbn._moments import Moments, moments
 from jaxbn._normalize import normalize
-from jaxbn._running_stats import Momentum, RunningStats, blended, init_stats, update
+from jaxbn._running_stats import Momentum, RunningStats, blended, update
 from jaxbn.layers._examples import example_moments, positions
-from jaxbn.layers._layer import Layer, compose, init_affine
+from jaxbn.layers._layer import Layer, compose, factory, init_of
 from jaxbn.layers._mixture import mixture, prior_share
 
 
+@factory
 def standard(
     *,
     feature_axes: _axes.Axes = -1,
@@ -105,10 +106,7 @@ def standard(
     _require_one_mixture(example_weight, pseudo_samples)
     names = ["scale"] * use_scale + ["bias"] * use_bias
 
-    def init(features):
-        params = init_affine(features, use_scale, use_bias, param_dtype)
-        return params, init_stats(features, dtype=stats_dtype)
-
+    init = init_of(use_scale, use_bias, param_dtype, stats_dtype)
     same = {"feature_axes": feature_axes, "epsilon": epsilon, "dtype": dtype}
     over = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
 
@@ -130,9 +128,10 @@ def standard(
         if pseudo_samples is not None:
             m = adapted(state, x, weights, pseudo_samples)
         elif example_weight:
-            x = _dtypes.inexact_array("x", x)
             axes = _axes.canonical(feature_axes, x.ndim)
-            own = example_moments(x, axes, weights=weights)
+            own = example_moments(
+                x, axes, weights=weights, implementation=implementation
+            )
             m = mixture(state, own, example_weight)
         else:
             return normalize(x, state.mean, state.var, *affine, **same)
@@ -140,7 +139,7 @@ def standard(
 
     def adapted(state: RunningStats, x, weights, prior: float) -> Moments:
         m = measure(state, x, weights)
-        n = m.count / positions(x, feature_axes)
+        n = m.count / positions(x, _axes.canonical(feature_axes, x.ndim))
         kept = prior_share(prior, n)
         old = lax.stop_gradient(state)
         mean, var = (
@@ -161,7 +160,15 @@ def standard(
     def move(state: RunningStats, m: Moments):
         return update(state, m, momentum=momentum, unbiased=unbiased)
 
-    return compose(init, names, train=train, infer=infer, measure=measure, update=move)
+    return compose(
+        init,
+        names,
+        feature_axes=feature_axes,
+        train=train,
+        infer=infer,
+        measure=measure,
+        update=move,
+    )
 
 
 def _require_one_mixture(example_weight: float, pseudo_samples: float | None) -> None:

@@ -9,18 +9,19 @@ from jax.typing import DTypeLike
 from jaxbn import _axes, _mesh
 from jaxbn._batch_norm import normalize_given
 from jaxbn._moments import Moments, moments
+from jaxbn._normalize import normalize
 from jaxbn._running_stats import (
     Momentum,
     RunningStats,
     debiased,
     old_weight,
-    update,
+    stepped,
 )
-from jaxbn.layers._layer import Layer, compose
+from jaxbn.layers._layer import Layer, compose, factory, init_of
 from jaxbn.layers._mixture import mixture
-from jaxbn.layers._standard import standard
 
 
+@factory
 def streaming(
     *,
     feature_axes: _axes.Axes = -1,
@@ -33,6 +34,7 @@ def streaming(
     dtype: DTypeLike | None = None,
     param_dtype: DTypeLike = jnp.float32,
     stats_dtype: DTypeLike = jnp.float32,
+    implementation: str | None = None,
 ) -> Layer:
     """Batch norm by the running statistics also in training, for the smallest batches.
 
@@ -64,6 +66,7 @@ def streaming(
       dtype: The output's dtype, by default that of `x`.
       param_dtype: The dtype of the parameters.
       stats_dtype: The dtype of the running mean; complex for complex input.
+      implementation: What computes the sums of a batch, as for `moments`.
 
     Returns:
       A `Layer`. Its state is a `RunningStats`.
@@ -95,18 +98,14 @@ def streaming(
                 f"{momentum!r}. Debiasing takes one momentum for all features."
             )
         momentum = debiased(float(momentum))  # type: ignore  (a scalar)
-    rest = standard(
-        feature_axes=feature_axes,
-        epsilon=epsilon,
-        use_scale=use_scale,
-        use_bias=use_bias,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        stats_dtype=stats_dtype,
-    )
+    init = init_of(use_scale, use_bias, param_dtype, stats_dtype)
     names = ["scale"] * use_scale + ["bias"] * use_bias
 
-    over = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
+    over = {
+        "axis_name": axis_name,
+        "axis_index_groups": axis_index_groups,
+        "implementation": implementation,
+    }
 
     def mixed(state: RunningStats, m: Moments) -> Moments:
         return mixture(lax.stop_gradient(state), m, 1 - old_weight(state, momentum))
@@ -126,14 +125,31 @@ def streaming(
         return y, m
 
     def infer(params, state: RunningStats, x, weights):
-        return rest.apply(params, state, x, training=False)[0]
+        return normalize(
+            x,
+            state.mean,
+            state.var,
+            params.get("scale"),
+            params.get("bias"),
+            feature_axes=feature_axes,
+            epsilon=epsilon,
+            dtype=dtype,
+        )
 
     def measure(state, x, weights):
         return moments(x, feature_axes=feature_axes, weights=weights, **over)
 
     def move(state: RunningStats, m: Moments):
-        return update(state, mixed(state, m), momentum=0.0)
+        new = lax.stop_gradient(mixed(state, m))
+        share = 1 - old_weight(state, momentum)
+        return stepped(state, new.mean, new.var, share, m.count)
 
     return compose(
-        rest.init, names, train=train, infer=infer, measure=measure, update=move
+        init,
+        names,
+        feature_axes=feature_axes,
+        train=train,
+        infer=infer,
+        measure=measure,
+        update=move,
     )

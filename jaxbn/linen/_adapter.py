@@ -109,7 +109,7 @@ class Adapter(nn.Module):
             self._layer(feature_axes=axes, dtype=out, exact=measuring, **alone),
             partial(_flax_fields.state, type(state), like=state),
             params,
-            {name: self._widened(v.value) for name, v in stats.items()},
+            {name: jnp.asarray(v.value) for name, v in stats.items()},
             record and {name: variable.value for name, variable in record.items()},
             x,
             training=training,
@@ -191,18 +191,6 @@ class Adapter(nn.Module):
 
         return {n: self.variable("batch_stats", n, initial, n) for n in names}
 
-    @nn.nowrap
-    def _widened(self, statistic: ArrayLike) -> jax.Array:
-        """A statistic that was restored in a narrower dtype, in the one it has here.
-
-        In bfloat16 a running mean stops where 1 % of a step is below its resolution.
-        """
-        statistic = jnp.asarray(statistic)
-        if not jnp.issubdtype(statistic.dtype, jnp.inexact):
-            return statistic
-        real = jnp.finfo(self._stats_dtype()).dtype
-        return statistic.astype(jnp.promote_types(statistic.dtype, real))
-
 
 class Variant(Adapter):
     """The fields of every variant, as in `flax.linen.BatchNorm`.
@@ -221,6 +209,7 @@ class Variant(Adapter):
       scale_init: Initializer of the scale.
       axis_name: Name or names of mapped axes to compute statistics over.
       accumulate: As for `BatchNorm`.
+      implementation: As for `BatchNorm`.
     """
 
     use_running_average: bool | None = None
@@ -235,6 +224,7 @@ class Variant(Adapter):
     scale_init: Initializer = nn.initializers.ones
     axis_name: _mesh.AxisName | None = None
     accumulate: bool = False
+    implementation: str | None = None
 
     def __post_init__(self):
         """Makes the fields hashable."""

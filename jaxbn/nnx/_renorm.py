@@ -27,7 +27,7 @@ class BatchRenorm(Variant):
       rngs: For the initializers.
       **common: As in `flax.nnx.BatchNorm`: use_running_average, axis, momentum,
         epsilon, dtype, param_dtype, use_bias, use_scale, bias_init, scale_init and
-        axis_name; and accumulate.
+        axis_name; accumulate and implementation.
 
     Example:
       >>> import jaxbn, jax.numpy as jnp

@@ -46,6 +46,7 @@ class Common(TypedDict, total=False):
     scale_init: Initializer
     axis_name: _mesh.AxisName | None
     accumulate: bool
+    implementation: str | None
 
 
 class BatchMoments(nnx.BatchStat):
@@ -140,6 +141,7 @@ class Variant(nnx.Module):
       scale_init: Initializer of the scale.
       axis_name: Name or names of mapped axes to compute statistics over.
       accumulate: As for `BatchNorm`.
+      implementation: As for `BatchNorm`.
       rngs: For the initializers.
     """
 
@@ -159,6 +161,7 @@ class Variant(nnx.Module):
         scale_init: Initializer = nnx.initializers.ones,
         axis_name: _mesh.AxisName | None = None,
         accumulate: bool = False,
+        implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
         self.num_features = num_features
@@ -169,6 +172,7 @@ class Variant(nnx.Module):
         self.use_bias, self.use_scale = use_bias, use_scale
         self.bias_init, self.scale_init = bias_init, scale_init
         self.accumulate = accumulate
+        self.implementation = implementation
         features = _axes.shape(num_features, "num_features")
         complex_ = jnp.issubdtype(param_dtype, jnp.complexfloating)
         stats_dtype = param_dtype if complex_ else jnp.float32

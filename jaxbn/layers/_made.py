@@ -1,0 +1,102 @@
+"""How a layer was made: what makes two of them equal, and one of them print."""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
+
+from jaxbn import _kernels
+from jaxbn._batch_norm import require_derivatives
+from jaxbn._normalize import checked_epsilon
+from jaxbn._running_stats import require_momentum
+
+REQUIRE = {
+    "momentum": require_momentum,
+    "epsilon": checked_epsilon,
+    "derivatives": require_derivatives,
+    "implementation": _kernels.require_implementation,
+}
+
+
+class Made:
+    """The function that made a layer, and the options that it was given.
+
+    Equal by value, also where options are arrays. Pickled, it is made again.
+    """
+
+    def __init__(self, make: Callable[..., Any], options: dict[str, Any]):
+        self.make = make
+        self.options = {name: _frozen(value) for name, value in options.items()}
+        for name in REQUIRE.keys() & options.keys():
+            REQUIRE[name](options[name])
+        self.functions = inspect.unwrap(make)(**self.options)
+        for name, function in self.functions._asdict().items():
+            function.__qualname__ = f"{make.__name__}.{name}"  # In Python's errors.
+
+    @functools.cached_property
+    def _key(self) -> tuple:
+        all_ = inspect.signature(self.make).bind(**self.options)
+        all_.apply_defaults()
+        return self.make, tuple(
+            _comparable(*option) for option in all_.arguments.items()
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Made) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __reduce__(self):
+        return Made, (self.make, self.options)
+
+    def __repr__(self) -> str:
+        given = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        return f"{self.make.__name__}({given})"
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Function:
+    """One of a layer's functions, equal to that of a layer with equal options."""
+
+    made: Made
+    __name__: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the function returns."""
+        return self.__wrapped__(*args, **kwargs)
+
+    @property
+    def __wrapped__(self) -> Callable:
+        return getattr(self.made.functions, self.__name__)
+
+    def __repr__(self) -> str:
+        return f"{self.made!r}.{self.__name__}"
+
+
+def _frozen(value: Any) -> Any:
+    """`value` as nobody changes it later: lists as tuples, arrays copied."""
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return tuple(map(_frozen, value))
+    return np.array(value) if isinstance(value, np.ndarray) else value
+
+
+def _comparable(name: str, value: Any) -> Any:
+    """What is equal and hashes alike where options mean the same."""
+    if name.endswith("dtype") and value is not None:
+        return np.dtype(value)
+    if isinstance(value, tuple):
+        return tuple(_comparable("", v) for v in value)
+    if isinstance(value, (np.ndarray, jax.Array)) and not isinstance(value, Tracer):
+        array = np.asarray(value)
+        return array.dtype, array.shape, array.tobytes()
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)  # The options hold it, so that no other value has this id.
+    return type(value), value
