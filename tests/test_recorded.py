@@ -41,8 +41,13 @@ def test_a_window_that_was_restored_narrow_is_widened(dtype):
 
     once, _ = step(variables, batches[0])  # From here on dtypes stay.
     last, _ = jax.jit(partial(jax.lax.scan, step))(once, batches[1:])
-    assert_close(last["batch_stats"]["mean"], np.mean(batches, (0, 1, 2)) / 2, 1e-4)
+    mean = np.mean(batches, (0, 1, 2))
+    assert_close(last["batch_moments"]["mean"], mean, 1e-4)
     assert_close(last["batch_moments"]["count"], np.full(2, 40.0 * 64 * 96))
+    # The statistics keep the dtype that they were restored in.
+    stored = last["batch_stats"]["mean"]
+    assert stored.dtype == dtype
+    assert_close(stored.astype("float32"), mean / 2, jnp.finfo(dtype).eps)
 
 
 def test_wide_data_have_a_wide_record(x64):
