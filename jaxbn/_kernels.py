@@ -196,7 +196,7 @@ def _delta(axes: FeatureAxes, x, mean, weights):
     """x − mean, and 0 where x is hidden."""
     x, mean = _dtypes.widen(x), _axes.expand(mean, axes, x.ndim)
     if weights is not None:
-        x = jnp.where(_sums.hidden(x, weights), mean, x)
+        x = _mesh.where(_sums.hidden(x, weights), mean, x)
     return x - mean
 
 

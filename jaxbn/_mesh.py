@@ -3,13 +3,14 @@
 Whatever differs between JAX versions around `shard_map` and its types belongs here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 AxisName = str | tuple[str, ...]
@@ -44,24 +45,21 @@ def all_sum(
     """Each array summed over the devices, those of one type by one real all-reduce."""
     if axis_name is None:
         return list(sums)
-    # Arrays that differ along other axes too (sharded features) are summed apart from
-    # those that do not (the count): stacked, the count would take on their type.
-    kinds = [_varying(s) - frozenset(as_names(axis_name)) for s in sums]
-    found: dict[int, jax.Array] = {}
-    for kind in dict.fromkeys(kinds):
-        own = [i for i, k in enumerate(kinds) if k == kind]
-        total = _stacked_sum([sums[i] for i in own], axis_name, axis_index_groups)
-        found |= dict(zip(own, total, strict=True))
-    return [found[i] for i in range(len(sums))]
+
+    def total(packed):
+        if axis_index_groups is None:
+            return lax.psum(packed, axis_name)
+        return _group_sum(packed, axis_name, axis_index_groups)
+
+    return _by_type(total, sums, axis_name)
 
 
 def gather(arrays: Sequence[jax.Array], axis_name: AxisName) -> list[jax.Array]:
     """Each array of every device, stacked along a new first axis; the same on all."""
     # Not lax.all_gather, whose result counts as varying under shard_map's check_vma.
-    flat = _vary_over_all(_raveled(arrays), axis_name)
     index = lax.axis_index(as_names(axis_name))
-    table = _table(flat, index, axis_size(axis_name), axis_name)
-    return _unravel(table, arrays)
+    rows = axis_size(axis_name)
+    return _by_type(lambda a: _table(a, index, rows, axis_name), arrays, axis_name)
 
 
 def axis_size(axis_name: AxisName | None) -> int:
@@ -93,6 +91,23 @@ def shard_like(array: jax.Array, operand: jax.Array) -> jax.Array:
     if wanted.mesh.empty:  # Of no mesh: the same on all devices of the array's.
         wanted = own.update(spec=P())
     return jax.sharding.reshard(array, wanted)
+
+
+def where(condition: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    """`jnp.where` that lays arrays of one shape alike, on explicit meshes.
+
+    All of JAX's arithmetic does so, and `jnp.where` too where shapes differ.
+    """
+    arrays = condition, x, y
+    sharded = [s for a in arrays if any((s := jax.typeof(a).sharding).spec)]
+    if not sharded or len({jnp.shape(a) for a in arrays} - {()}) > 1:
+        return jnp.where(*arrays)
+    specs = zip(*(s.spec for s in sharded), strict=True)
+    like = sharded[0].update(
+        spec=P(*(next(filter(None, names), None) for names in specs))
+    )
+    alike = (jax.sharding.reshard(a, like) if jnp.ndim(a) else a for a in arrays)
+    return jnp.where(*alike)
 
 
 def split_axis(array: jax.Array, axis: int, sizes: tuple[int, int]) -> jax.Array:
@@ -146,14 +161,19 @@ def whole_along_first(array: jax.Array) -> jax.Array:
 def take_rows(table: jax.Array, index: jax.Array) -> jax.Array:
     """`table[index]`; NaN where there is no such row (an index below 0 included)."""
     rows, features = jax.typeof(index).sharding, jax.typeof(table).sharding
-    spec = *rows.spec, *features.spec[1:]
-    sharding = rows.update(spec=P(*spec)) if any(spec) else None
-    return table.at[index].get(
-        mode="fill",
-        fill_value=jnp.nan,
-        wrap_negative_indices=False,
-        out_sharding=sharding,
-    )
+    options = {
+        "mode": "fill",
+        "fill_value": jnp.nan,
+        "wrap_negative_indices": False,
+    }
+    if not any(rows.spec):
+        return table.at[index].get(**options)
+    like = rows.update(spec=P(*rows.spec, *features.spec[1:]))
+    if AxisType.Manual not in rows.mesh.axis_types:
+        return table.at[index].get(**options, out_sharding=like)
+    # JAX cannot say how a gather comes out beside manual axes: all rows, then a part.
+    index = jax.sharding.reshard(index, rows.update(spec=P()))
+    return jax.sharding.reshard(table.at[index].get(**options), like)
 
 
 def is_spread_further(
@@ -166,6 +186,13 @@ def is_spread_further(
     if weights is None:
         return False
     return bool(_varying(x) - _varying(weights) - frozenset(as_names(axis_name)))
+
+
+def any_like(flags: jax.Array, like: jax.Array) -> jax.Array:
+    """Whether there is one, also on other devices if `like` is the same on all."""
+    found = jnp.any(flags)
+    names = tuple(sorted(_varying(found) - _varying(like)))
+    return lax.psum(found.astype(jnp.int32), names) > 0 if names else found
 
 
 def require_same_on_all(name: str, array: jax.Array, axis_name: AxisName | None):
@@ -251,13 +278,26 @@ def _vary_over_all(array: jax.Array, axis_name: AxisName) -> jax.Array:
     return lax.pcast(array, missing, to="varying") if missing else array
 
 
-def _stacked_sum(sums, axis_name, axis_index_groups) -> list[jax.Array]:
-    flat = _vary_over_all(_raveled(sums), axis_name)
-    if axis_index_groups is None:
-        flat = lax.psum(flat, axis_name)
-    else:
-        flat = _group_sum(flat, axis_name, axis_index_groups)
-    return _unravel(flat, sums)
+def _by_type(
+    f: Callable[[jax.Array], jax.Array],
+    arrays: Sequence[jax.Array],
+    axis_name: AxisName,
+) -> list[jax.Array]:
+    """`f` of each array, called once for all of one type, which it gets as one array.
+
+    `f` sums elementwise over `axis_name`, and may add axes before the first.
+    """
+    # Arrays that differ along other axes too (sharded features) go apart from those
+    # that do not (the count): packed together, the count would take on their type.
+    names = frozenset(as_names(axis_name))
+    kinds = [(_varying(a) - names, _sharded_as(a)) for a in arrays]
+    found: dict[int, jax.Array] = {}
+    for kind in dict.fromkeys(kinds):
+        own = [i for i, k in enumerate(kinds) if k == kind]
+        parts = [arrays[i] for i in own]
+        packed = f(_vary_over_all(_packed(parts), axis_name))
+        found |= dict(zip(own, _unpacked(packed, parts), strict=True))
+    return [found[i] for i in range(len(arrays))]
 
 
 def _group_sum(flat: jax.Array, axis_name: AxisName, groups: Groups) -> jax.Array:
@@ -271,7 +311,7 @@ def _group_sum(flat: jax.Array, axis_name: AxisName, groups: Groups) -> jax.Arra
 
 def _table(flat: jax.Array, row: jax.Array, rows: int, axis_name: AxisName):
     # Selected, not multiplied by 0 or 1: a NaN stays in its own row.
-    own = jnp.expand_dims(jnp.arange(rows) == row, 1)
+    own = (jnp.arange(rows) == row).reshape(rows, *[1] * flat.ndim)
     return lax.psum(jnp.where(own, flat[None], 0), axis_name)
 
 
@@ -279,19 +319,35 @@ def _real_parts(array: jax.Array) -> tuple[jax.Array, ...]:
     return (array.real, array.imag) if jnp.iscomplexobj(array) else (array,)
 
 
-def _raveled(arrays: Sequence[jax.Array]) -> jax.Array:
-    return jnp.concatenate([jnp.ravel(part) for a in arrays for part in _real_parts(a)])
+def _sharded_as(array: jax.Array) -> tuple | None:
+    """Shape and spec of an array that its type says is sharded, of others None."""
+    spec = jax.typeof(array).sharding.spec
+    return (array.shape, spec) if any(spec) else None
 
 
-def _unravel(flat: jax.Array, like: Sequence[jax.Array]) -> list[jax.Array]:
-    """The arrays that `_raveled` made the last axis of."""
-    ends = np.cumsum([part.size for array in like for part in _real_parts(array)])
-    pieces = iter(jnp.split(flat, ends[:-1], axis=-1))
+def _packed(arrays: Sequence[jax.Array]) -> jax.Array:
+    """The numbers of arrays of one kind: end to end, or, if sharded, stacked."""
+    parts = [part for array in arrays for part in _real_parts(array)]
+    if _sharded_as(parts[0]):
+        return jnp.stack(parts)
+    return jnp.concatenate([jnp.ravel(part) for part in parts])
+
+
+def _unpacked(packed: jax.Array, like: Sequence[jax.Array]) -> list[jax.Array]:
+    """The arrays that `_packed` made the last axes of."""
+    parts = [part for array in like for part in _real_parts(array)]
+    if _sharded_as(parts[0]):
+        axis = packed.ndim - 1 - parts[0].ndim
+        pieces = [jnp.squeeze(p, axis) for p in jnp.split(packed, len(parts), axis)]
+    else:
+        ends = np.cumsum([part.size for part in parts])
+        flat = jnp.split(packed, ends[:-1], axis=-1)
+        lead = packed.shape[:-1]
+        pieces = [
+            p.reshape(lead + part.shape) for p, part in zip(flat, parts, strict=True)
+        ]
+    rest = iter(pieces)
     return [
-        (
-            lax.complex(next(pieces), next(pieces))
-            if jnp.iscomplexobj(array)
-            else next(pieces)
-        ).reshape(flat.shape[:-1] + array.shape)
+        lax.complex(next(rest), next(rest)) if jnp.iscomplexobj(array) else next(rest)
         for array in like
     ]

@@ -240,7 +240,7 @@ def _pooled(
         total, count = all_sum(total, count)
         center = total / _sums.divisor(count)
     if shift is not None:
-        center = jnp.where(count > 0, center, shift)
+        center = _mesh.where(count > 0, center, shift)
     sums = all_sum(*central_sums(x, center, weights, feature_axes))
     return _from_sums(center, count, *sums)
 

@@ -112,7 +112,8 @@ def normalize_hidden(
         return apply(x)
     # NaN under the mask passes by the arithmetic, whose derivative would be 0 · NaN.
     hidden = _sums.hidden(x, given.weights)
-    return jnp.where(hidden, x.astype(static.dtype), apply(jnp.where(hidden, 0, x)))
+    y = apply(jnp.where(hidden, 0, x))
+    return _mesh.where(hidden, x.astype(static.dtype), y)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -219,7 +220,7 @@ def _widened(static: Static, x, dx, scale, given: Given):
     expand = partial(_axes.expand, feature_axes=static.feature_axes, ndim=x.ndim)
     x, dx = _dtypes.widen(x, scale), _dtypes.widen(dx, x, scale)
     if given.weights is not None:
-        x = jnp.where(_sums.hidden(x, given.weights), expand(given.mean), x)
+        x = _mesh.where(_sums.hidden(x, given.weights), expand(given.mean), x)
     return x, dx, expand
 
 

@@ -116,7 +116,7 @@ def update(
     n = moments.count
     var = moments.var
     if unbiased:
-        var = jnp.where(n > 1, var * (n / jnp.where(n > 1, n - 1, 1)), var)
+        var = _mesh.where(n > 1, var * (n / jnp.where(n > 1, n - 1, 1)), var)
 
     mean = blended(stats.mean, moments.mean, keep, n)
     return stepped(stats, mean, blended(stats.var, var, keep, n), 1 - keep, n)
@@ -130,7 +130,8 @@ def stepped(
     count: jax.Array,
 ) -> RunningStats:
     """Statistics after a step to `mean` and `var`, in which the batch has this share."""
-    step = stats.step + jnp.any(count > 0).astype(stats.step.dtype)
+    had_weight = _mesh.any_like(count > 0, stats.step)
+    step = stats.step + had_weight.astype(stats.step.dtype)
     mean, var = _stored(stats.mean, mean, share), _stored(stats.var, var, share)
     return RunningStats(mean, var, step)
 
@@ -141,13 +142,16 @@ def _stored(old: jax.Array, new: jax.Array, share: jax.Array) -> jax.Array:
     In bfloat16 a step of 1 % of the distance is less than half of the distance to the
     next number, long before the batch's own value is reached.
     """
-    stored = new.astype(old.dtype)
+    # In a loop, the new ones take the place of the old: of one type, sharding included.
+    stored = _mesh.shard_like(new.astype(old.dtype), old)
     if jnp.finfo(old.dtype).bits >= 32:
         return stored
     wide = _dtypes.widen(old)
     goal = wide + (new - wide) / jnp.where(share > 0, share, 1).astype(wide.dtype)
     onward = jnp.nextafter(old, goal.astype(old.dtype))
-    return jnp.where((stored == old) & (new != wide), onward, stored)
+    onward = _mesh.shard_like(onward, old)
+    missed = _mesh.shard_like((stored == old) & (new != wide), old)
+    return jnp.where(missed, onward, stored)
 
 
 def blended(
@@ -158,9 +162,7 @@ def blended(
     # The two must sum to exactly 1, or errors of one sign pile up over the steps.
     own = jnp.asarray(keep, _dtypes.accumulation(old.dtype))
     mixed = own * old + (1 - own) * new
-    if count.ndim == mixed.ndim:
-        count = _mesh.shard_like(count, mixed)
-    return jnp.where(count > 0, mixed, old)
+    return _mesh.where(count > 0, mixed, old)
 
 
 def old_weight(stats: RunningStats, momentum: Momentum) -> jax.Array:
