@@ -1,0 +1,140 @@
+"""Layers at random on meshes at random: as on one device, and of the types they had."""
+
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from data import assert_close, numbers
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from meshes import ANY, KINDS, Case, compare, draw
+from spread import mesh_of
+
+import jaxbn
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+QUICK, ALL = 3 * len(ANY), 40 * len(ANY)
+FULL = {"weights": "full", "vectors_placed": False}
+# The smallest that once failed, or that are of the same kind.
+FOUND = {
+    "unbiased, counts and features split, state not": Case(
+        "standard", {"unbiased": True}, **FULL
+    ),
+    "the same of groups": Case("ghost", {"group_size": 2, "unbiased": True}, **FULL),
+    "groups of features that are split, state not": Case(
+        "ghost", {"group_size": 2}, vectors_placed=False
+    ),
+    "a batch of one on a mesh axis of one": Case(
+        "standard", shape=(1, 4), weights="full", mesh=(1, 8), spec=("a", "")
+    ),
+    "the same in place": Case(
+        "in_place", shape=(1, 4), weights="full", mesh=(1, 8), spec=("a", "")
+    ),
+    "nothing reduced, state not split": Case(
+        "standard", shape=(8, 4), feature_axes=(0, 1), **FULL
+    ),
+    "nothing reduced, two passes": Case(
+        "streaming", shape=(8, 4), feature_axes=(0, 1), **FULL
+    ),
+    "state stays whole where features are split": Case(
+        "embedding", {"use_fast_variance": False}, vectors_placed=False
+    ),
+    "weights on all devices, of a vector that is split": Case(
+        "renorm",
+        shape=(8,),
+        feature_axes=(0,),
+        weights="full",
+        weights_placed=False,
+        spec=("ab",),
+    ),
+    "features explicit beside a manual batch": Case("standard", manual="a"),
+    "features automatic beside a manual batch": Case(
+        "standard", {"use_fast_variance": False}, kinds="AA", manual="a"
+    ),
+    "groups of devices beside explicit features": Case(
+        "ghost", {"num_groups": 2, "update_per_group": True}, manual="a"
+    ),
+    "a table read by rows that are explicit beside manual features": Case(
+        "domain", manual="b"
+    ),
+    "a table of explicit features beside a manual batch": Case("classes", manual="a"),
+    "one step for all features, split by a shard_map": Case(
+        "standard",
+        shape=(4, 8),
+        weights="feature",
+        mesh=(8,),
+        kinds="A",
+        spec=("", "a"),
+        manual="a",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOUND.values(), ids=list(FOUND))
+def test_cases_that_failed(case):
+    compare(case)
+
+
+@pytest.mark.parametrize(
+    "seed",
+    [pytest.param(s, marks=[pytest.mark.slow] * (s >= QUICK)) for s in range(ALL)],
+)
+def test_is_as_on_one_device(seed):
+    compare(draw(seed))
+
+
+@pytest.mark.parametrize("kinds", ["EE", "AE"])
+def test_statistics_of_split_features_pass_through_a_scan(kinds):
+    """The state is whole on all devices, and stays so: a carry keeps its type."""
+    types = tuple(KINDS[kind] for kind in kinds)
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=types)
+    layer = jaxbn.layers.standard()
+    params, state = layer.init(4)
+    x = numbers((3, 8, 4), "float32")
+
+    def train(params, state, x):
+        step = lambda s, x: layer.apply(params, s, x, training=True)[::-1]
+        return lax.scan(step, state, x)
+
+    with jax.set_mesh(mesh):
+        whole = jax.device_put((params, state), NamedSharding(mesh, P()))
+        placed = jax.device_put(x, NamedSharding(mesh, P(None, "a", "b")))
+        got, y = jax.jit(train)(*whole, placed)
+    expected = train(params, state, x)
+    close = partial(assert_close, rtol=1e-5, atol=1e-5)
+    jax.tree.map(close, (got, y), expected)
+
+
+@pytest.mark.parametrize(
+    ("weights", "devices", "check_vma"),
+    [
+        (weights, devices, check_vma)
+        for weights in ("mask", "per feature")
+        for devices in (4, 8)
+        for check_vma in (True, False)
+        # Unchecked, nothing tells a mask from one weight for the one feature.
+        if (weights, devices, check_vma) != ("mask", 8, False)
+    ],
+)
+def test_count_has_the_weights_axes_where_features_are_split(
+    weights, devices, check_vma
+):
+    """Of eight features, each device has one or two."""
+    of_each = weights == "per feature"
+    x = numbers((6, 8), "float64")
+    shape = (6, 8) if of_each else (6, 1)
+    w = np.random.default_rng(0).integers(0, 2, shape).astype(bool)
+    columns, vector = P(None, "data"), P("data")
+    f = jax.shard_map(
+        lambda x, w: jaxbn.moments(x, weights=w),
+        mesh=mesh_of(devices),
+        in_specs=(columns, columns if of_each else P()),
+        out_specs=jaxbn.Moments(vector, vector, vector if of_each else P()),
+        check_vma=check_vma,
+    )
+    got, expected = f(x, w), jaxbn.moments(x, weights=w)
+    assert got.count.shape == expected.count.shape == ((8,) if of_each else ())
+    jax.tree.map(partial(assert_close, rtol=1e-12, atol=1e-12), got, expected)
