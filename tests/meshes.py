@@ -190,6 +190,10 @@ def _divides(case: Case) -> bool:
 def _fits_shard_map(case: Case) -> bool:
     if not case.manual:
         return True
+    # XLA does not compile a plain psum over one device beside axes that JAX keeps.
+    rest = set(NAMES[: len(case.mesh)]) - set(case.manual)
+    if case.parts("".join(rest)) > 1 and any(case.parts(n) == 1 for n in case.manual):
+        return False
     # Groups, and an example's own moments, are of what one device has of an example.
     inner = "".join(case.spec[axis] for axis in case.reduced[1:])
     own = case.layer == "ghost" or "example_weight" in case.options

@@ -57,6 +57,17 @@ FOUND = {
     "groups of devices beside explicit features": Case(
         "ghost", {"num_groups": 2, "update_per_group": True}, manual="a"
     ),
+    "groups in a shard_map over one device": Case(
+        "ghost", {"group_size": 2}, mesh=(1,), kinds="E", spec=("a", ""), manual="a"
+    ),
+    "their steps in turn": Case(
+        "ghost",
+        {"group_size": 2, "update_per_group": True},
+        mesh=(1,),
+        kinds="A",
+        spec=("a", ""),
+        manual="a",
+    ),
     "a table read by rows that are explicit beside manual features": Case(
         "domain", manual="b"
     ),

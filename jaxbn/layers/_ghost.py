@@ -172,7 +172,8 @@ def _of_all_groups(
     else:
         count = jnp.moveaxis(m.count, groups.place, 0)
     m = Moments(mean, var, count)
-    if axis_name is None or len(groups.owners) == 1:
+    summed = groups.axis_name is not None and groups.axis_index_groups is None
+    if axis_name is None or summed:
         return m, None
     if gather:
         m = Moments(*_mesh.gather(m, axis_name))
