@@ -93,21 +93,26 @@ def shard_like(array: jax.Array, operand: jax.Array) -> jax.Array:
     return jax.sharding.reshard(array, wanted)
 
 
-def where(condition: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
-    """`jnp.where` that lays arrays of one shape alike, on explicit meshes.
-
-    All of JAX's arithmetic does so, and `jnp.where` too where shapes differ.
-    """
-    arrays = condition, x, y
+def alike(*arrays: jax.Array) -> list[jax.Array]:
+    """Arrays of one shape, and scalars, as JAX's arithmetic lays them: along each axis
+    as any one of them is sharded. Other functions refuse arrays that differ."""
     sharded = [s for a in arrays if any((s := jax.typeof(a).sharding).spec)]
     if not sharded or len({jnp.shape(a) for a in arrays} - {()}) > 1:
-        return jnp.where(*arrays)
+        return list(arrays)
     specs = zip(*(s.spec for s in sharded), strict=True)
-    like = sharded[0].update(
-        spec=P(*(next(filter(None, names), None) for names in specs))
-    )
-    alike = (jax.sharding.reshard(a, like) if jnp.ndim(a) else a for a in arrays)
-    return jnp.where(*alike)
+    spec = P(*(next(filter(None, names), None) for names in specs))
+    like = sharded[0].update(spec=spec)
+    return [jax.sharding.reshard(a, like) if jnp.ndim(a) else a for a in arrays]
+
+
+def where(condition: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    """`jnp.where`, also of arrays that are sharded differently."""
+    return jnp.where(*alike(condition, x, y))
+
+
+def stack(*arrays: jax.Array) -> jax.Array:
+    """`jnp.stack`, also of arrays that are sharded differently."""
+    return jnp.stack(alike(*arrays))
 
 
 def split_axis(array: jax.Array, axis: int, sizes: tuple[int, int]) -> jax.Array:

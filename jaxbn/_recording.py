@@ -85,7 +85,7 @@ def _start(record: Arrays, stats: Arrays) -> Arrays:
     """The statistics at the start of a window: those at hand while it is empty."""
     is_empty = jnp.all(record["count"] == 0)
     return {
-        name: jnp.where(is_empty, now, record[START + name].astype(now.dtype))
+        name: _mesh.where(is_empty, now, record[START + name].astype(now.dtype))
         for name, now in stats.items()
     }
 
@@ -100,8 +100,11 @@ def _with(record: Arrays, m: Moments) -> Arrays:
 
     def stacked(old: jax.Array, new: jax.Array) -> jax.Array:
         new = _dtypes.widen(new, old)
-        return jnp.stack([_mesh.shard_like(old.astype(new.dtype), new), new])
+        return _mesh.stack(old.astype(new.dtype), new)
 
     both = merge_moments(Moments(*map(stacked, old, m)))
-    new = jax.tree.map(lambda v, o: v.astype(o.dtype), both, old)
-    return record | new._asdict()
+
+    def recorded(new: jax.Array, old: jax.Array) -> jax.Array:
+        return _mesh.shard_like(new.astype(old.dtype), old)
+
+    return record | jax.tree.map(recorded, both, old)._asdict()

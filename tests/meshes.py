@@ -42,7 +42,7 @@ OPTIONS = {
     "use_scale": (ANY, (True, True, False)),
     "use_bias": (ANY, (True, True, False)),
     "implementation": (ANY, (None, None, "xla")),
-    "momentum": (ANY, (0.9, 0.5, "cumulative")),
+    "momentum": (set(ANY) - {"streaming"}, (0.9, "cumulative", "array")),
     "use_fast_variance": (set(ANY) - {"streaming"}, (True, False)),
     "unbiased": (set(ANY) - {"streaming", "renorm"}, (False, True)),
     "derivatives": (("standard", "ghost", "renorm"), ("vjp", "jvp")),
@@ -72,7 +72,8 @@ class Case(NamedTuple):
     """A layer on a mesh. `spec` names what each axis of x is split over.
 
     Vectors and weights that are not `placed` are the same on all devices; the axes that
-    are `manual` are those of a `shard_map`.
+    are `manual` are those of a `shard_map`. A layer that is `halved` is run by its
+    `forward` and `update`.
     """
 
     layer: str
@@ -90,6 +91,7 @@ class Case(NamedTuple):
     training: bool = True
     checked: bool = True
     in_context: bool = True
+    halved: bool = False
     dtype: str = "float64"
 
     @property
@@ -139,6 +141,7 @@ def _drawn(rng: random.Random, layer: str) -> Case:
         training=rng.random() < 0.8,
         checked=rng.random() < 0.7,
         in_context=rng.random() < 0.7,
+        halved=rng.random() < 0.3,
         dtype=rng.choice(("float64", "float32")),
     )
 
@@ -190,6 +193,11 @@ def _divides(case: Case) -> bool:
 def _fits_shard_map(case: Case) -> bool:
     if not case.manual:
         return True
+    if set(case.manual) & set("".join(case.spec[axis] for axis in case.feature_axes)):
+        if case.options.get("momentum") == "array":
+            return False  # A layer has one array, for all parts of x.
+        if not case.checked and case.weights not in ("none", "scalar"):
+            return False  # Unchecked, each device counts the steps of its own features.
     # XLA does not compile a plain psum over one device beside axes that JAX keeps.
     rest = set(NAMES[: len(case.mesh)]) - set(case.manual)
     if case.parts("".join(rest)) > 1 and any(case.parts(n) == 1 for n in case.manual):
@@ -302,17 +310,26 @@ def layer_of(case: Case, axis_name=None) -> layers.Layer:
     options = dict(case.options)
     if options.get("momentum") == "cumulative":
         options["momentum"] = cumulative()
+    elif options.get("momentum") == "array":
+        momentum = np.linspace(0.1, 0.9, prod(case.features))
+        options["momentum"] = momentum.reshape(case.features)
     same = {"feature_axes": case.feature_axes, "axis_name": axis_name}
     return MAKERS[case.layer](**options, **same)
 
 
 def applied(case: Case, axis_name=None):
-    """`apply` of a case's layer, as a function of positional arguments."""
+    """Output and new state, of positional arguments; beside a halved layer's moments.
+
+    (Whose layout in a shard_map depends on the layer.)
+    """
     layer = layer_of(case, axis_name)
 
     def apply(params, state, x, w, given):
         own = {"weights": w, "training": case.training, **given}
-        return layer.apply(params, state, x, **own)
+        if not case.halved or case.manual:
+            return *layer.apply(params, state, x, **own), None
+        y, m = layer.forward(params, state, x, **own)
+        return y, layer.update(state, m), m
 
     return apply
 
@@ -326,7 +343,7 @@ def mapped(case: Case, mesh, spread: Arguments):
         applied(case, names[0] if len(names) == 1 else names or None),
         mesh=mesh,
         in_specs=tuple(part[:5]),
-        out_specs=(part.x, part.state),
+        out_specs=(part.x, part.state, None),
         axis_names=set(case.manual),
         check_vma=case.checked,
     )
@@ -338,13 +355,13 @@ def step(case: Case, apply, args: Arguments) -> dict[str, Any]:
     weight = np.cos(np.arange(size)).reshape(case.shape).astype(case.dtype)
 
     def loss(params, x):
-        y, new = apply(params, args.state, x, *args[3:5])
+        y, new, m = apply(params, args.state, x, *args[3:5])
         _require_same_types((y, new), (x, args.state))
         y = jnp.where(args.shown, y, 0)
-        return jnp.sum(jnp.sin(y) * weight), (y, new)
+        return jnp.sum(jnp.sin(y) * weight), {"y": y, "state": new, "moments": m}
 
-    grads, (y, new) = jax.grad(loss, (0, 1), has_aux=True)(args.params, args.x)
-    return {"y": y, "state": new, "dparams": grads[0], "dx": grads[1]}
+    grads, out = jax.grad(loss, (0, 1), has_aux=True)(args.params, args.x)
+    return {**out, "dparams": grads[0], "dx": grads[1]}
 
 
 def _require_same_types(got, expected) -> None:

@@ -97,11 +97,17 @@ def test_is_as_on_one_device(seed):
     compare(draw(seed))
 
 
+def on_mesh(kinds="EE"):
+    """Devices by 4 and 2, and what puts arrays on them."""
+    types = tuple(KINDS[kind] for kind in kinds)
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=types)
+    return mesh, lambda a, *spec: jax.device_put(a, NamedSharding(mesh, P(*spec)))
+
+
 @pytest.mark.parametrize("kinds", ["EE", "AE"])
 def test_statistics_of_split_features_pass_through_a_scan(kinds):
     """The state is whole on all devices, and stays so: a carry keeps its type."""
-    types = tuple(KINDS[kind] for kind in kinds)
-    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=types)
+    mesh, put = on_mesh(kinds)
     layer = jaxbn.layers.standard()
     params, state = layer.init(4)
     x = numbers((3, 8, 4), "float32")
@@ -111,9 +117,8 @@ def test_statistics_of_split_features_pass_through_a_scan(kinds):
         return lax.scan(step, state, x)
 
     with jax.set_mesh(mesh):
-        whole = jax.device_put((params, state), NamedSharding(mesh, P()))
-        placed = jax.device_put(x, NamedSharding(mesh, P(None, "a", "b")))
-        got, y = jax.jit(train)(*whole, placed)
+        whole = jax.tree.map(put, (params, state))
+        got, y = jax.jit(train)(*whole, put(x, None, "a", "b"))
     expected = train(params, state, x)
     close = partial(assert_close, rtol=1e-5, atol=1e-5)
     jax.tree.map(close, (got, y), expected)
@@ -149,3 +154,36 @@ def test_count_has_the_weights_axes_where_features_are_split(
     got, expected = f(x, w), jaxbn.moments(x, weights=w)
     assert got.count.shape == expected.count.shape == ((8,) if of_each else ())
     jax.tree.map(partial(assert_close, rtol=1e-12, atol=1e-12), got, expected)
+
+
+def test_a_window_of_split_features_keeps_its_type():
+    x = numbers((3, 8, 4), "float32")
+    net = jaxbn.linen.BatchNorm(False, accumulate=True)
+    variables = net.init(jax.random.key(0), x[0])
+
+    def train(variables, x):
+        step = lambda v, x: (v | net.apply(v, x, mutable=list(v))[1], None)
+        return lax.scan(step, variables, x)[0]
+
+    expected = train(variables, x)
+    mesh, put = on_mesh()
+    with jax.set_mesh(mesh):
+        whole = jax.tree.map(put, variables)
+        got = jax.jit(train)(whole, put(x, None, "a", "b"))
+    jax.tree.map(partial(assert_close, rtol=1e-5, atol=1e-5), got, expected)
+
+
+def test_population_of_batches_that_are_spread_in_several_ways():
+    x = numbers((2, 8, 4), "float32")
+    stats, placed = jaxbn.init_stats(4), [("a", "b"), ("a",)]
+
+    def drift(batches):
+        pooled = jaxbn.population.collect(jaxbn.moments, batches)
+        return pooled, jaxbn.population.drift(stats, pooled)
+
+    expected = drift(list(x))
+    mesh, put = on_mesh()
+    with jax.set_mesh(mesh):
+        batches = [put(batch, *spec) for batch, spec in zip(x, placed, strict=True)]
+        got = drift(batches)
+    jax.tree.map(partial(assert_close, rtol=1e-5, atol=1e-5), got, expected)

@@ -31,7 +31,7 @@ def mixture(stats: RunningStats, m: Moments, weight: ArrayLike) -> Moments:
     def stacked(running, new) -> jax.Array:
         new = _dtypes.widen(new, running)
         running = jnp.broadcast_to(running, new.shape).astype(new.dtype)
-        return jnp.stack([_mesh.shard_like(running, new), new])
+        return _mesh.stack(running, new)
 
     own = jnp.broadcast_to(own, m.mean.shape)
     counts = jnp.stack([1 - own, own])
