@@ -4,6 +4,7 @@ Axes of a mesh are called a, b and c. A string of these letters stands for sever
 empty string for none.
 """
 
+import contextlib
 import random
 from collections.abc import Mapping
 from functools import partial
@@ -379,6 +380,20 @@ def alone(case: Case) -> dict[str, Any]:
 
 def spread(case: Case) -> dict[str, Any]:
     """What `step` returns on the mesh."""
+    program, args, around = on_mesh(case)
+    with around:
+        return program(args)
+
+
+def compiled(case: Case) -> str:
+    """The program of `step` on the mesh, as XLA has it in the end."""
+    program, args, around = on_mesh(case)
+    with around:
+        return program.lower(args).compile().as_text()
+
+
+def on_mesh(case: Case) -> tuple[Any, Arguments, Any]:
+    """A compiled `step`, its arguments on the mesh, and the context to call it in."""
     kinds = tuple(KINDS[kind] for kind in case.kinds)
     names, devices = tuple(NAMES[: len(kinds)]), jax.devices()[: prod(case.mesh)]
     mesh = jax.make_mesh(case.mesh, names, axis_types=kinds, devices=devices)
@@ -408,10 +423,10 @@ def spread(case: Case) -> dict[str, Any]:
         return lax.with_sharding_constraint(out, NamedSharding(mesh, P()))
 
     placed = _each(put, own, args)
-    if not case.in_context and not case.manual and set(case.kinds) == {"E"}:
-        return jax.jit(program)(placed)  # Types alone tell of the mesh.
-    with jax.set_mesh(mesh):
-        return jax.jit(program)(placed)
+    # Types alone tell of a mesh that is explicit.
+    alone = not case.in_context and not case.manual and set(case.kinds) == {"E"}
+    around = contextlib.nullcontext() if alone else jax.set_mesh(mesh)
+    return jax.jit(program), placed, around
 
 
 def _each(f, specs, *trees):
