@@ -9,6 +9,8 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
+from jaxbn import _dtypes
+
 Axes = int | Sequence[int]
 
 
@@ -129,7 +131,7 @@ def weights_like(
     weights: ArrayLike, x: jax.Array, dtype, name: str = "weights"
 ) -> jax.Array:
     """Weights as data: the rank of `x`, boolean or cast to `dtype`, no gradient."""
-    weights = lax.stop_gradient(jnp.asarray(weights))
+    weights = lax.stop_gradient(_dtypes.array(name, weights))
     if jnp.issubdtype(weights.dtype, jnp.complexfloating):
         raise TypeError(
             f"`{name}` must be boolean or real, got dtype {weights.dtype}. "

@@ -10,6 +10,7 @@ from jaxbn._moments import Moments, moments
 from jaxbn._normalize import checked_epsilon, optional_vector
 
 
+@_dtypes.mixing
 def batch_norm(
     x: ArrayLike,
     scale: ArrayLike | None = None,

@@ -1,12 +1,17 @@
 """Which dtypes come in, which one sums are accumulated in, and which one goes out."""
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
+
+Args = ParamSpec("Args")
+Result = TypeVar("Result")
 
 
 def accumulation(*dtypes: DTypeLike) -> Any:
@@ -23,20 +28,71 @@ def widen(array: jax.Array, *like: jax.Array | None) -> jax.Array:
     return array.astype(jnp.complex128 if real == jnp.float64 else jnp.complex64)
 
 
+def mixing(function: Callable[Args, Result]) -> Callable[Args, Result]:
+    """Lets a function mix dtypes by JAX's rules, also where users have it forbidden.
+
+    (`jax_numpy_dtype_promotion="strict"`.) Here they mix on purpose: statistics are
+    wider than `x`, and real where it is complex.
+    """
+
+    @functools.wraps(function)
+    def mixed(*args: Args.args, **kwargs: Args.kwargs) -> Result:
+        with jax.numpy_dtype_promotion("standard"):
+            return function(*args, **kwargs)
+
+    return mixed
+
+
+def complex_like(dtype: DTypeLike) -> Any:
+    """The complex dtype that holds what `dtype` does, at least complex64."""
+    real = jnp.finfo(dtype).dtype
+    return jnp.dtype(jnp.complex128 if real.itemsize == 8 else jnp.complex64)
+
+
+def checked(name: str, dtype: DTypeLike) -> np.dtype:
+    """`dtype` as NumPy's, refused unless it is floating or complex."""
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        raise TypeError(f"`{name}` must be a dtype, got {dtype!r}.") from None
+    if not jnp.issubdtype(found, jnp.inexact):
+        raise TypeError(
+            f"`{name}` must be floating or complex, got {found}. Use jnp.float32."
+        )
+    return found
+
+
+def number(name: str, value: ArrayLike) -> float:
+    """`value` as Python's number, refused unless it is a real one."""
+    numbers = known(value)
+    real = numbers is not None and jnp.issubdtype(numbers.dtype, jnp.number)
+    if not real or numbers.ndim or np.iscomplexobj(numbers):
+        raise TypeError(f"`{name}` must be a number, got {value!r}.")
+    return float(numbers)
+
+
+def array(name: str, value: ArrayLike) -> jax.Array:
+    """`value` as an array."""
+    if isinstance(value, (tuple, list)) and any(np.ndim(v) for v in value):
+        raise TypeError(
+            f"`{name}` must be one array, got a {type(value).__name__} of "
+            f"{len(value)}. Stack them first if they are one: `jnp.stack({name})`."
+        )
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"`{name}` must be an array, got {value!r}.") from error
+
+
 def inexact_array(name: str, value: ArrayLike) -> jax.Array:
     """`value` as an array, refused unless it is floating or complex."""
-    try:
-        array = jnp.asarray(value)
-    except (TypeError, ValueError) as error:
+    found = array(name, value)
+    if not jnp.issubdtype(found.dtype, jnp.inexact):
         raise TypeError(
-            f"`{name}` must be a floating or complex array, got {value!r}."
-        ) from error
-    if not jnp.issubdtype(array.dtype, jnp.inexact):
-        raise TypeError(
-            f"`{name}` must be floating or complex, got dtype {array.dtype}. "
+            f"`{name}` must be floating or complex, got dtype {found.dtype}. "
             f"Cast it first, for example `{name}.astype(jnp.float32)`."
         )
-    return array
+    return found
 
 
 def known(value: ArrayLike) -> np.ndarray | None:
@@ -62,13 +118,11 @@ def output(x_dtype: DTypeLike, dtype: DTypeLike | None) -> Any:
     """The output's dtype: `dtype`, by default that of `x`."""
     if dtype is None:
         return jnp.dtype(x_dtype)
-    if not jnp.issubdtype(dtype, jnp.inexact) or (
-        _is_complex(x_dtype) and not _is_complex(dtype)
-    ):
-        kind = "complex" if _is_complex(x_dtype) else "floating"
+    dtype = checked("dtype", dtype)
+    if _is_complex(x_dtype) and not _is_complex(dtype):
         raise TypeError(
-            f"`dtype` must be {kind}, as `x` is ({jnp.dtype(x_dtype)}), got "
-            f"{jnp.dtype(dtype)}. Leave it out to get the dtype of `x`."
+            f"`dtype` must be complex, as `x` is ({jnp.dtype(x_dtype)}), got {dtype}. "
+            "Leave it out to get the dtype of `x`."
         )
     return jax.dtypes.canonicalize_dtype(dtype)
 

@@ -1,12 +1,15 @@
 """What the linen and the nnx module share: from Flax's fields to a layer."""
 
+import functools
 import inspect
+import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen.dtypes import canonicalize_dtype
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
@@ -51,6 +54,21 @@ def hashable(axis, axis_name, axis_index_groups) -> tuple:
     return axis, *_mesh.hashable(axis_name, axis_index_groups)
 
 
+def name_call(cls: type) -> None:
+    """Gives a class a `__call__` of its own, to be named in Python's errors."""
+    if "__call__" in vars(cls):
+        return
+    call = inspect.unwrap(cls.__call__)
+    own = types.FunctionType(
+        call.__code__, call.__globals__, "__call__", call.__defaults__, call.__closure__
+    )
+    functools.update_wrapper(own, call)
+    del own.__wrapped__
+    own.__kwdefaults__ = call.__kwdefaults__
+    own.__qualname__ = f"{cls.__qualname__}.__call__"
+    cls.__call__ = own
+
+
 def is_training(use_running_average: Any) -> bool:
     """Not `use_running_average`, refused where it is not known while tracing."""
     if isinstance(use_running_average, Tracer):
@@ -81,6 +99,12 @@ def as_inexact(x: Any) -> jax.Array:
         )
     x = jnp.asarray(x)
     return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
+
+
+def output_dtype(*arrays: Any, dtype: Any) -> Any:
+    """The output's dtype as Flax has it, which JAX's strict promotion refuses."""
+    with jax.numpy_dtype_promotion("standard"):
+        return canonicalize_dtype(*arrays, dtype=dtype)
 
 
 def feature_axes(axis: _axes.Axes, ndim: int) -> tuple[int, ...]:
@@ -114,7 +138,7 @@ def like_mean(x: jax.Array, mean: jax.Array, remedy: str) -> jax.Array:
             f"({mean.dtype}): the imaginary part would be lost. {remedy}"
         )
     if jnp.iscomplexobj(mean) and not jnp.iscomplexobj(x):
-        return x.astype(jnp.promote_types(x.dtype, jnp.complex64))
+        return x.astype(_dtypes.complex_like(x.dtype))
     return x
 
 

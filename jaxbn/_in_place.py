@@ -78,6 +78,7 @@ def _fwd(static: Static, x, scale, bias, given: _rules.Given):
     return z, (z, scale, bias, given)
 
 
+@_dtypes.mixing
 def _bwd(static: Static, residuals, c):
     z, scale, bias, given = residuals
     rule, activation = static.rule, static.activation

@@ -154,8 +154,8 @@ class _Form(NamedTuple):
 
 def _xla_first_pass(axes: FeatureAxes, x, weights, shift) -> FirstPass:
     if shift is None:
-        n = _sums.divisor(_sums.total_weight(x, weights, axes))
-        shift = _sums.weighted_sum(x, weights, axes) / n
+        n = _sums.total_weight(x, weights, axes)
+        shift = _sums.over(_sums.weighted_sum(x, weights, axes), n)
     return FirstPass(shift, *[jnp.zeros_like(shift)] * 2)
 
 
@@ -211,6 +211,8 @@ def _obstacle(x, feature_axes: FeatureAxes, weights, dtypes) -> str | None:
     first, last = feature_axes[0] if feature_axes else 0, len(feature_axes)
     if feature_axes != tuple(range(first, first + last)):
         return f"the feature axes {feature_axes} are not next to each other."
+    if not all(isinstance(n, int) for n in x.shape[first:]):
+        return "the features, or axes behind them, have a symbolic length."
     if not all(_axes.lengths(x, feature_axes)):
         return "there are no features."
     if weights is not None and any(weights.shape[axis] > 1 for axis in feature_axes):
@@ -268,9 +270,9 @@ def _local_moments(names, axes: FeatureAxes, x, weights):
         return known
     n = _sums.total_weight(x, weights, axes)
     total, whole = _mesh.all_sum((n * known.mean, n), names)
-    center = total / _sums.divisor(whole)
+    center = _sums.over(total, whole)
     first, squares = _mesh.all_sum(_about(center, n, known), names)
-    return FirstPass(center, first / _sums.divisor(whole), squares)
+    return FirstPass(center, _sums.over(first, whole), squares)
 
 
 def _local_cotangent_sums(names, axes: FeatureAxes, x, weights, dy, mean):

@@ -3,6 +3,7 @@
 Whatever differs between JAX versions around `shard_map` and its types belongs here.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from math import prod
 
@@ -24,6 +25,7 @@ def require_bound(
     size = axis_size(axis_name)
     if axis_index_groups is None:
         return
+    _, axis_index_groups = hashable(None, axis_index_groups)
     if len(as_names(axis_name)) != 1:
         raise ValueError(
             f"`axis_index_groups` needs a single `axis_name`, got {axis_name!r}. Name "
@@ -72,7 +74,14 @@ def hashable(axis_name, axis_index_groups) -> tuple:
     if isinstance(axis_name, list):
         axis_name = tuple(axis_name)
     if axis_index_groups is not None:
-        axis_index_groups = tuple(tuple(map(int, g)) for g in axis_index_groups)
+        try:
+            groups = (tuple(map(operator.index, g)) for g in axis_index_groups)
+            axis_index_groups = tuple(groups)
+        except TypeError:
+            raise TypeError(
+                "`axis_index_groups` must be lists of integers, one for each group, "
+                f"got {axis_index_groups!r}."
+            ) from None
     return axis_name, axis_index_groups
 
 
@@ -193,10 +202,14 @@ def is_spread_further(
     return bool(_varying(x) - _varying(weights) - frozenset(as_names(axis_name)))
 
 
-def any_like(flags: jax.Array, like: jax.Array) -> jax.Array:
-    """Whether there is one, also on other devices if `like` is the same on all."""
+def any_feature(flags: jax.Array, features: jax.Array, like: jax.Array) -> jax.Array:
+    """Whether one is set for any feature; on other devices too, if these have others.
+
+    By their types: `features` differ along the axes that they are split over, and
+    `like`, which is of all features, does not.
+    """
     found = jnp.any(flags)
-    names = tuple(sorted(_varying(found) - _varying(like)))
+    names = tuple(sorted(_varying(found) & _varying(features) - _varying(like)))
     return lax.psum(found.astype(jnp.int32), names) > 0 if names else found
 
 
@@ -244,6 +257,11 @@ def as_names(axis_name: AxisName | None) -> tuple[str, ...]:
 
 
 def _size(name: str) -> int:
+    if name is None or isinstance(name, int):  # JAX takes integers for positions.
+        raise TypeError(
+            f"`axis_name` must be the name of a mapped axis, or a tuple of such, got "
+            f"{name!r}. The axes to reduce are all but `feature_axes`."
+        )
     try:
         return lax.axis_size(name)
     except NameError as error:

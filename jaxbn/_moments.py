@@ -32,6 +32,7 @@ class Moments(NamedTuple):
     count: jax.Array
 
 
+@_dtypes.mixing
 def moments(
     x: ArrayLike,
     *,
@@ -117,6 +118,7 @@ def moments(
     return _pooled(central_sums, *data, *over, known.mean)
 
 
+@_dtypes.mixing
 def merge_moments(
     moments_: Moments,
     axis: _axes.Axes = 0,
@@ -160,7 +162,17 @@ def merge_moments(
     References:
       Chan, Golub and LeVeque, "Algorithms for computing the sample variance" (1983).
     """
-    mean, var, count = (jnp.asarray(a) for a in moments_)
+    if not isinstance(moments_, Moments):
+        raise TypeError(f"`moments_` must be `Moments`, got {type(moments_).__name__}.")
+    mean = _dtypes.inexact_array("moments_.mean", moments_.mean)
+    var = _dtypes.inexact_array("moments_.var", moments_.var)
+    count = _dtypes.array("moments_.count", moments_.count)
+    _dtypes.require_no_imaginary_loss("moments_.var", var, "a variance", jnp.float32)
+    if var.shape != mean.shape:
+        raise ValueError(
+            f"`moments_.var` has shape {var.shape}, expected that of `moments_.mean`, "
+            f"{mean.shape}."
+        )
     stacked = _axes.canonical(axis, mean.ndim, "axis")
     features = _axes.others(stacked, mean.ndim)
     if count.shape == _axes.lengths(mean, stacked):
@@ -184,7 +196,7 @@ def merge_moments(
     shift = _checked_shift(shift, mean, features)
     pooled = _pooled(central_sums, mean, weights, shift, features, axis_name)
     if count.ndim == len(stacked):
-        return pooled
+        return pooled._replace(count=pooled.count.reshape(()))
     whole = jnp.broadcast_to(pooled.count, pooled.mean.shape)
     same = tuple(range(count.ndim - len(stacked), whole.ndim))
     return pooled._replace(count=jnp.max(whole, same, initial=0))
@@ -238,7 +250,7 @@ def _pooled(
         else:
             total = count * known_mean
         total, count = all_sum(total, count)
-        center = total / _sums.divisor(count)
+        center = _sums.over(total, count)
     if shift is not None:
         center = _mesh.where(count > 0, center, shift)
     sums = all_sum(*central_sums(x, center, weights, feature_axes))
@@ -253,14 +265,14 @@ def _from_sums(
     within: jax.Array | None = None,
 ) -> Moments:
     """The moments, of their sums about a center."""
-    offset = first / _sums.divisor(count)
+    offset = _sums.over(first, count)
     # Where Σ|δ|² overflows, var is infinite, not inf − inf.
     excess = jnp.where(jnp.isfinite(second), _sums.squared(offset), 0)
-    var = second / _sums.divisor(count) - excess
+    var = _sums.over(second, count) - excess
     # Not maximum(var, 0), whose derivative is halved where var is 0.
     var = jnp.where(var < 0, 0, var)
     if within is not None:
-        var = var + within / _sums.divisor(count)
+        var = var + _sums.over(within, count)
     return Moments(center + offset, var, count)
 
 

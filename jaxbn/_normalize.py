@@ -12,6 +12,7 @@ from jaxbn import _axes, _dtypes, _mesh
 NAME = "jaxbn_normalize"
 
 
+@_dtypes.mixing
 def normalize(
     x: ArrayLike,
     mean: ArrayLike,
@@ -127,6 +128,7 @@ def _rsqrt(x: jax.Array) -> jax.Array:
 
 
 @_rsqrt.defjvp
+@_dtypes.mixing
 def _rsqrt_jvp(primals, tangents):
     # One factor after the other: their product overflows where x is 1e-30, and is then
     # infinity times 0 for a feature that is constant.

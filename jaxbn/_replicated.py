@@ -15,6 +15,7 @@ from jaxbn import _dtypes, _mesh
 from jaxbn._moments import moments
 
 
+@_dtypes.mixing
 def sync_stats(stats: Any, axis_name: _mesh.AxisName) -> Any:
     """Pools running statistics that every device has tracked for itself.
 
@@ -57,10 +58,10 @@ def sync_stats(stats: Any, axis_name: _mesh.AxisName) -> Any:
     if hasattr(stats, "_asdict"):
         return type(stats)(**sync_stats(stats._asdict(), axis_name))
     if isinstance(stats, Mapping):
-        if set(stats) - {"step"} == {"mean", "var"}:
-            return _pooled(stats, axis_name)
-        if set(stats) - {"step"} == {"mean", "std"}:
-            return _pooled_std(stats, axis_name)
+        kind = set(stats) - {"step"}
+        if kind in ({"mean", "var"}, {"mean", "std"}):
+            own = {n: _dtypes.array(f"stats[{n!r}]", v) for n, v in stats.items()}
+            return (_pooled if "var" in kind else _pooled_std)(own, axis_name)
         return {name: sync_stats(part, axis_name) for name, part in stats.items()}
     if type(stats) in (list, tuple):
         return type(stats)(sync_stats(part, axis_name) for part in stats)
@@ -153,6 +154,11 @@ def _copies(name: str, leaf: Any, stacked: bool) -> dict[int, np.ndarray]:
     """What this process has, by the device's id or the row's number."""
     if isinstance(leaf, Tracer):
         raise TypeError(f"`{name}` is traced. Call this outside of `jax.jit`.")
+    if stacked and np.ndim(leaf) == 0:
+        raise ValueError(
+            f"`{name}` is a scalar, which has no first axis of devices. Leave out "
+            "`stacked=True`, or pass what `jax.pmap` returns."
+        )
     if not isinstance(leaf, jax.Array):
         return dict(enumerate(np.asarray(leaf))) if stacked else {0: np.asarray(leaf)}
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):

@@ -125,6 +125,7 @@ def _vjp_form_fwd(static: Static, x, scale, bias, given: Given):
     return _output(static, x, scale, bias, given), (x, scale, bias, given)
 
 
+@_dtypes.mixing
 def _vjp_form_bwd(static: Static, residuals, c):
     x, scale, bias, given = residuals
     inv, k = factors(x, scale, given)
@@ -150,7 +151,7 @@ def pull_back(static: Static, local, x, scale, bias, inv, k, given: Given):
     `local` are Σc and Σc·δ over this device's part, c being the cotangent of y. Of `x`
     only the type counts: what it varies over.
     """
-    n = _sums.divisor(given.count)
+    n = given.count
     over = static.axis_name, static.axis_index_groups
     if _mesh.same_on_all(k, x, static.axis_name):
         total = _mesh.all_sum(local, *over)
@@ -158,8 +159,8 @@ def pull_back(static: Static, local, x, scale, bias, inv, k, given: Given):
     else:  # Scale may differ between the devices: k is summed with c.
         with_k = k * local[0], (k * local[1]).real
         sum_kc, sum_kc_delta, *total = _mesh.all_sum((*with_k, *local), *over)
-    c0 = -sum_kc / n
-    c1 = -jnp.square(inv) * sum_kc_delta / n
+    c0 = -_sums.over(sum_kc, n)
+    c1 = -jnp.square(inv) * _sums.over(sum_kc_delta, n)
 
     def vector(operand, here, everywhere):
         if operand is None:
@@ -180,6 +181,7 @@ def jvp_form(static: Static, x, scale, bias, given: Given) -> jax.Array:
 
 
 @jvp_form.defjvp
+@_dtypes.mixing
 def _jvp_form_jvp(static: Static, primals, tangents):
     x, scale, _, given = primals
     # Transposed, this recomputes δ from x instead of keeping it.
@@ -190,7 +192,7 @@ def _jvp_form_jvp(static: Static, primals, tangents):
 
 def _tangent(static: Static, x, scale, given: Given, dx, dscale, dbias):
     inv, k = factors(x, scale, given)
-    n = _sums.divisor(given.count)
+    n = given.count
     x, dx, expand = _widened(static, x, dx, scale, given)
     wdx = _sums.times(dx, given.weights)
     # The transpose turns elementwise into summed and back: hence x − mean in the sum.
@@ -199,8 +201,8 @@ def _tangent(static: Static, x, scale, given: Given, dx, dscale, dbias):
     total = _mesh.all_sum(
         (sums[0], sums[1].real), static.axis_name, static.axis_index_groups
     )
-    c0 = -k * total[0] / n
-    c1 = -k * jnp.square(inv) * total[1] / n
+    c0 = -k * _sums.over(total[0], n)
+    c1 = -k * jnp.square(inv) * _sums.over(total[1], n)
     if dbias is not None:
         c0 = c0 + _dtypes.widen(dbias, x)
     if dscale is not None:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,17 +58,14 @@ def init_stats(
       >>> print(stats.mean, stats.var, stats.step)
       [0. 0. 0.] [1. 1. 1.] 0
     """
-    if not jnp.issubdtype(dtype, jnp.inexact):
-        raise TypeError(
-            f"`dtype` must be floating or complex, got {jnp.dtype(dtype)}. "
-            "Use jnp.float32, the default."
-        )
+    dtype = _dtypes.checked("dtype", dtype)
     shape = _axes.shape(features)
     real = jnp.finfo(dtype).dtype
     step = jnp.zeros((), jnp.int32)
     return RunningStats(jnp.zeros(shape, dtype), jnp.ones(shape, real), step)
 
 
+@_dtypes.mixing
 def update(
     stats: RunningStats,
     moments: Moments,
@@ -110,6 +107,7 @@ def update(
     References:
       Ioffe and Szegedy, "Batch Normalization" (2015), section 3.1 and algorithm 2.
     """
+    stats, moments = _as_arrays("stats", stats), _as_arrays("moments", moments)
     _check_update(stats, moments, unbiased)
     stats, moments = lax.stop_gradient((stats, moments))
     keep = old_weight(stats, momentum)
@@ -129,8 +127,8 @@ def stepped(
     share: jax.Array,
     count: jax.Array,
 ) -> RunningStats:
-    """Statistics after a step to `mean` and `var`, in which the batch has this share."""
-    had_weight = _mesh.any_like(count > 0, stats.step)
+    """Statistics after a step to `mean` and `var`, in which the batch has a share."""
+    had_weight = _mesh.any_feature(count > 0, stats.mean, stats.step)
     step = stats.step + had_weight.astype(stats.step.dtype)
     mean, var = _stored(stats.mean, mean, share), _stored(stats.var, var, share)
     return RunningStats(mean, var, step)
@@ -147,7 +145,7 @@ def _stored(old: jax.Array, new: jax.Array, share: jax.Array) -> jax.Array:
     if jnp.finfo(old.dtype).bits >= 32:
         return stored
     wide = _dtypes.widen(old)
-    goal = wide + (new - wide) / jnp.where(share > 0, share, 1).astype(wide.dtype)
+    goal = wide + (new - wide) / jnp.where(share > 0, share, 1)
     onward = jnp.nextafter(old, goal.astype(old.dtype))
     onward = _mesh.shard_like(onward, old)
     missed = _mesh.shard_like((stored == old) & (new != wide), old)
@@ -222,12 +220,13 @@ def debiased(decay: float) -> Callable[[jax.Array], jax.Array]:
     References:
       Kingma and Ba, "Adam" (2015), section 3, written as a momentum.
     """
+    decay = _dtypes.number("decay", decay)
     if not 0 <= decay < 1:
         raise ValueError(
             f"`decay` must be at least 0 and below 1, got {decay}. For a plain average "
             "(decay 1) use `cumulative()`."
         )
-    return _Debiased(float(decay))
+    return _Debiased(decay)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,6 +253,17 @@ class _Debiased:
         # 1 − decayᵗ by expm1: for decay near 1 the difference would lose its digits.
         log = math.log(self.decay)
         return self.decay * jnp.expm1(t * log) / jnp.expm1((t + 1) * log)
+
+
+def _as_arrays(name: str, state: Any) -> Any:
+    """Statistics or moments with arrays for fields."""
+    if not hasattr(state, "_asdict"):
+        kind = "RunningStats" if name == "stats" else "Moments"
+        raise TypeError(f"`{name}` must be `{kind}`, got {type(state).__name__}.")
+    arrays = {n: _dtypes.array(f"{name}.{n}", v) for n, v in state._asdict().items()}
+    for n in ("mean", "var"):
+        arrays[n] = _dtypes.inexact_array(f"{name}.{n}", arrays[n])
+    return state._replace(**arrays)
 
 
 def _check_update(stats: RunningStats, moments: Moments, unbiased: bool) -> None:
@@ -303,7 +313,7 @@ def require_momentum(momentum: Momentum) -> None:
 
 def _check_momentum(momentum: ArrayLike, stats: RunningStats) -> None:
     require_momentum(momentum)
-    shape, features = jnp.shape(momentum), stats.mean.shape
+    shape, features = np.shape(momentum), stats.mean.shape
     if shape not in ((), features):
         raise ValueError(
             f"`momentum` has shape {shape}, expected a scalar or {features}, the shape "

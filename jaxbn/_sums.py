@@ -123,9 +123,10 @@ def input_cotangent(
     return dy * k + times(through_moments, weights)
 
 
-def divisor(count: jax.Array) -> jax.Array:
-    """A count to divide by: where it is 0, anything over it is as good as 0."""
-    return jnp.where(count > 0, count, jnp.finfo(count.dtype).max)
+def over(total: jax.Array, count: jax.Array) -> jax.Array:
+    """A sum over a count; 0, or next to it, where the count is 0."""
+    least = jnp.where(count > 0, count, jnp.finfo(count.dtype).max)
+    return total / least
 
 
 def select(x: jax.Array, weights: jax.Array | None, replacement) -> jax.Array:

@@ -548,7 +548,7 @@ def test_nothing_to_fold():
     folded_fn, folded, found = assert_same(f, (example((3, 4)), example((4,))), x)
     assert list(folded) == ["0", "1"]
     assert found.layers == ()
-    assert str(found) == "0 folded, 0 left"
+    assert str(found).endswith("0 folded, 0 left")
     assert folded_fn(folded, x)[1]["b"] is not None
 
 

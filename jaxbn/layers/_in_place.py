@@ -170,7 +170,7 @@ def _activation(name: str, slope: float) -> Activation:
             f"`activation` must be one that can be inverted, {', '.join(ACTIVATIONS)}, "
             f"got {name!r}. For others use `standard` and `jax.checkpoint`."
         )
-    if not slope > 0:
+    if not _dtypes.number("negative_slope", slope) > 0:
         raise ValueError(
             f"`negative_slope` must be above 0, got {slope}: with 0, leaky ReLU cannot "
             "be inverted."

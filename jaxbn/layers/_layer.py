@@ -3,7 +3,7 @@
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, ParamSpec, Protocol
 
 import jax
@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from jaxbn import _axes, _dtypes
 from jaxbn._moments import Moments
-from jaxbn._running_stats import init_stats
+from jaxbn._running_stats import RunningStats, init_stats
 from jaxbn.layers._made import Function, Made
 
 Params = dict[str, jax.Array]
@@ -102,6 +102,7 @@ def compose(
     measure: Callable[..., Moments],
     update: Callable[[Any, Moments], Any],
     inputs: tuple[str, ...] = (),
+    kind: type = RunningStats,
 ) -> Layer:
     """The layer with parameters of these names that has these parts.
 
@@ -119,7 +120,8 @@ def compose(
                 "`weights`."
             )
         x = _dtypes.inexact_array("x", x)
-        require_state(state, x, _axes.canonical(feature_axes, x.ndim))
+        require_kind(state, kind)
+        require_features(state, x, _axes.canonical(feature_axes, x.ndim))
         return x, {name: given.get(name) for name in inputs}
 
     def forward(params, state, x, *, training, weights=None, **given):
@@ -137,6 +139,7 @@ def compose(
         return y, move(state, m)
 
     def move(state, moments):
+        require_kind(state, kind)
         return update(state, moments)
 
     return Layer(init, apply, forward, move)
@@ -182,6 +185,11 @@ def require_training(training: Any) -> None:
 
 def require_names(params: Params, names: Iterable[str]) -> None:
     """Refuses other parameters than the layer's own."""
+    if not isinstance(params, Mapping):
+        raise TypeError(
+            f"`params` must be a dict, got {type(params).__name__}. Take it from this "
+            "layer's `init`; `apply` takes `(params, state, x)`."
+        )
     if set(params) != set(names):
         raise ValueError(
             f"`params` has {sorted(params)}, expected {sorted(names)}. Take them from "
@@ -189,13 +197,17 @@ def require_names(params: Params, names: Iterable[str]) -> None:
         )
 
 
-def require_state(state: Any, x: jax.Array, feature_axes: tuple[int, ...]) -> None:
-    """Refuses a state that is of other features than `x`, or no state."""
-    if not hasattr(state, "mean"):
+def require_kind(state: Any, kind: type) -> None:
+    """Refuses a state of another layer, or none."""
+    if not all(hasattr(state, name) for name in kind._fields):  # type: ignore
         raise TypeError(
-            f"`state` is {type(state).__name__}, expected what this layer's `init` "
-            "makes, with a field `mean`. `apply` takes `(params, state, x)`."
+            f"`state` must be a `{kind.__name__}`, as this layer's `init` makes it, "
+            f"got {type(state).__name__}."
         )
+
+
+def require_features(state: Any, x: jax.Array, feature_axes: tuple[int, ...]) -> None:
+    """Refuses a state of other features than `x` has."""
     features, shape = _axes.lengths(x, feature_axes), np.shape(state.mean)
     own = shape[max(len(shape) - len(features), 0) :]
     if own != features:

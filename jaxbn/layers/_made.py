@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from jaxbn import _kernels
+from jaxbn import _dtypes, _kernels
 from jaxbn._batch_norm import require_derivatives
 from jaxbn._normalize import checked_epsilon
 from jaxbn._running_stats import require_momentum
@@ -32,8 +32,8 @@ class Made:
     def __init__(self, make: Callable[..., Any], options: dict[str, Any]):
         self.make = make
         self.options = {name: _frozen(value) for name, value in options.items()}
-        for name in REQUIRE.keys() & options.keys():
-            REQUIRE[name](options[name])
+        for name, value in options.items():
+            REQUIRE.get(name, _require_bool(make, name))(value)
         self.functions = inspect.unwrap(make)(**self.options)
         for name, function in self.functions._asdict().items():
             function.__qualname__ = f"{make.__name__}.{name}"  # In Python's errors.
@@ -67,6 +67,7 @@ class Function:
     made: Made
     __name__: str
 
+    @_dtypes.mixing
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the function returns."""
         return self.__wrapped__(*args, **kwargs)
@@ -77,6 +78,17 @@ class Function:
 
     def __repr__(self) -> str:
         return f"{self.made!r}.{self.__name__}"
+
+
+def _require_bool(make: Callable[..., Any], name: str) -> Callable[[Any], None]:
+    """Refuses another value of an option that is True or False by default."""
+
+    def require(value: Any) -> None:
+        default = inspect.signature(make).parameters[name].default
+        if isinstance(default, bool) and not isinstance(value, (bool, np.bool_)):
+            raise TypeError(f"`{name}` must be True or False, got {value!r}.")
+
+    return require
 
 
 def _frozen(value: Any) -> Any:

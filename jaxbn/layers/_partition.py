@@ -57,10 +57,11 @@ def partition(
     if shared is None:
         name, value = option
         spread = f" on each of {devices} devices" if devices > 1 else ""
+        multiple = "" if isinstance(local, int) else f" Export a batch of `{value}*b`."
         raise ValueError(
             f"`{name}` is {value}, which does not divide the batch of {local} examples"
             f"{spread}. Groups must be whole, and alike on every device: all within "
-            "one, or all of whole devices' examples."
+            f"one, or all of whole devices' examples.{multiple}"
         )
     here, sharers = shared
     group_axis = batch + strided

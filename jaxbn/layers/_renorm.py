@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn import _axes, _dtypes, _mesh
@@ -186,6 +185,7 @@ def renorm(
         infer=infer,
         measure=measure,
         update=move,
+        kind=RenormStats,
     )
 
 
@@ -206,8 +206,14 @@ def _clip(d: jax.Array, most: jax.Array) -> jax.Array:
 
 
 def _require_limit(name: str, limit: Limit, least: float) -> None:
-    known = not callable(limit) and not isinstance(limit, Tracer)
-    if known and not np.all(np.asarray(limit) >= least):
+    values = None if callable(limit) else _dtypes.known(limit)
+    if values is None:
+        return
+    if not jnp.issubdtype(values.dtype, jnp.number):
+        raise TypeError(
+            f"`{name}` must be a number, or a function of the step, got {limit!r}."
+        )
+    if not np.all(values >= least):
         raise ValueError(
             f"`{name}` must be at least {least}, got {limit}. With r_max=1 and d_max=0 "
             "the layer is batch norm; `jnp.inf` clips nothing."

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from jaxbn import _axes, _mesh
+from jaxbn import _axes, _dtypes, _mesh
 from jaxbn._batch_norm import batch_norm, normalize_given
 from jaxbn._moments import Moments, moments
 from jaxbn._normalize import normalize
@@ -172,12 +172,15 @@ def standard(
 
 
 def _require_one_mixture(example_weight: float, pseudo_samples: float | None) -> None:
-    if not 0 <= example_weight <= 1:
+    share = _dtypes.number("example_weight", example_weight)
+    if not 0 <= share <= 1:
         raise ValueError(
             "`example_weight` is the weight of an example's own moments at inference, "
             f"from 0 to 1, got {example_weight}."
         )
-    if pseudo_samples is not None and (example_weight or not pseudo_samples >= 0):
+    if pseudo_samples is None:
+        return
+    if share or not _dtypes.number("pseudo_samples", pseudo_samples) >= 0:
         raise ValueError(
             "`pseudo_samples` must be None or at least 0, and None with an "
             f"`example_weight`, got {pseudo_samples} and {example_weight}."

@@ -7,11 +7,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core.scope import DenyList
-from flax.linen.dtypes import canonicalize_dtype
 from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 
-from jaxbn import _axes, _flax_fields, _mesh, _recording, layers
+from jaxbn import _axes, _dtypes, _flax_fields, _mesh, _recording, layers
 from jaxbn._running_stats import Momentum
 
 NO_WINDOW = (
@@ -25,6 +24,10 @@ NO_WINDOW = (
 
 class Adapter(nn.Module):
     """Holds the variables of a layer and calls it."""
+
+    def __init_subclass__(cls, **options: Any):
+        _flax_fields.name_call(cls)
+        super().__init_subclass__(**options)
 
     @nn.compact
     def __call__(
@@ -86,7 +89,7 @@ class Adapter(nn.Module):
         axes = _flax_fields.feature_axes(self.axis, x.ndim)
         dtype = self._stats_dtype()
         if jnp.iscomplexobj(x):
-            dtype = jnp.promote_types(dtype, jnp.complex64)
+            dtype = _dtypes.complex_like(dtype)
         plan = self._layer(feature_axes=axes, stats_dtype=dtype)
         features = _axes.lengths(x, axes)
         params, state = jax.eval_shape(lambda: plan.init(features))
@@ -103,7 +106,7 @@ class Adapter(nn.Module):
         }
         like = x if jnp.iscomplexobj(x) else given
         alone = {"axis_name": None} if initializing else {}
-        out = canonicalize_dtype(like, *params.values(), dtype=self.dtype)
+        out = _flax_fields.output_dtype(like, *params.values(), dtype=self.dtype)
         measuring = self._is_measuring()
         y, new, recorded = _recording.run(
             self._layer(feature_axes=axes, dtype=out, exact=measuring, **alone),

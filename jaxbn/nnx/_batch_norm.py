@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.nnx.nn.dtypes import canonicalize_dtype, promote_dtype
+from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from jax.typing import ArrayLike
 
@@ -150,6 +150,7 @@ class BatchNorm(nnx.BatchNorm):
         self.mean, self.var = nnx.BatchStat(stats.mean), nnx.BatchStat(stats.var)
         self.step = nnx.BatchStat(stats.step) if callable(momentum) else nnx.data(None)
         self.batch_moments = nnx.data(None)
+        _flax_fields.layer(layers.standard, self)  # Refuses wrong options.
         if accumulate:
             kept = {name: variable[...] for name, variable in statistics(self).items()}
             self.batch_moments = recorder(_recording.empty_window(kept))
@@ -210,8 +211,9 @@ class BatchNorm(nnx.BatchNorm):
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]
         given = (x, self.mean[...], self.var[...], scale, bias)
-        cast_x, _, _, scale, bias = self.promote_dtype(given, dtype=self.dtype)
-        dtype = canonicalize_dtype(cast_x, scale, bias, dtype=self.dtype)
+        with jax.numpy_dtype_promotion("standard"):  # As Flax' function is made for.
+            cast_x, _, _, scale, bias = self.promote_dtype(given, dtype=self.dtype)
+        dtype = _flax_fields.output_dtype(cast_x, scale, bias, dtype=self.dtype)
         # Flax's own function only widens x where `dtype` is None. The verbs widen by
         # themselves, and keep x for the backward pass as it came.
         if self.promote_dtype is promote_dtype and self.dtype is None:

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.module import first_from
-from flax.nnx.nn.dtypes import canonicalize_dtype
 from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 
@@ -145,6 +144,10 @@ class Variant(nnx.Module):
       rngs: For the initializers.
     """
 
+    def __init_subclass__(cls, **options: Any):
+        _flax_fields.name_call(cls)
+        super().__init_subclass__(**options)
+
     def __init__(
         self,
         num_features: int | tuple[int, ...],
@@ -241,7 +244,7 @@ class Variant(nnx.Module):
         x = _flax_fields.like_mean(x, mean, remedy)
         _flax_fields.require_mask(mask, x)
         params = {name: getattr(self, name)[...] for name in self._params}
-        out = canonicalize_dtype(x, *params.values(), dtype=self.dtype)
+        out = _flax_fields.output_dtype(x, *params.values(), dtype=self.dtype)
         if callable(self.momentum) and "step" not in stats:
             raise ValueError(_flax_fields.LATE_MOMENTUM)
         return run(

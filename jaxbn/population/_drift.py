@@ -50,6 +50,7 @@ class Drift(NamedTuple):
     never_updated: jax.Array
 
 
+@_dtypes.mixing
 def drift(stats: Any, moments: Any, *, epsilon: float = 1e-5) -> Any:
     """How far the data of `moments` have moved from the running statistics.
 

@@ -148,7 +148,7 @@ def _checked_shift(shift: ArrayLike, into: str, array: jax.Array) -> jax.Array:
 
 def _over(total: jax.Array, counts: jax.Array) -> jax.Array:
     total, counts = jnp.broadcast_arrays(total, counts.astype(total.real.dtype))
-    return total / _sums.divisor(counts)
+    return _sums.over(total, counts)
 
 
 def _without(shift: jax.Array, reduced: tuple[int, ...], ndim: int) -> jax.Array:

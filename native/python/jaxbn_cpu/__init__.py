@@ -5,6 +5,7 @@ JAX like any other, for programs that run on a CPU. They have no derivative here
 """
 
 import ctypes
+import operator
 import pathlib
 from math import prod
 from typing import TYPE_CHECKING
@@ -29,9 +30,9 @@ def moments(
     x: "ArrayLike",
     weights: "ArrayLike | None" = None,
     *,
-    feature_axes: tuple[int, ...] = (-1,),
+    feature_axes: int | tuple[int, ...] = -1,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Mean of each feature, what rounding takes off it, and the sum of squares about it.
+    """Mean of each feature, what rounding took off it, and the squares about it.
 
         n = Σw      mean + rest = Σwx / n      squares = Σw(x − mean)²
 
@@ -43,8 +44,8 @@ def moments(
       x: Array of float32 or bfloat16.
       weights: float32, not negative, of the shape of `x` with the feature axes of
         length 1; by default 1.
-      feature_axes: The axes that are not reduced, next to each other. By default the
-        last.
+      feature_axes: The axes that are not reduced, one or several next to each other. By
+        default the last.
 
     Returns:
       `(mean, rest, squares)`, float32 with the shape of the feature axes; 0 where there
@@ -75,7 +76,7 @@ def cotangents(
     mean: "ArrayLike",
     weights: "ArrayLike | None" = None,
     *,
-    feature_axes: tuple[int, ...] = (-1,),
+    feature_axes: int | tuple[int, ...] = -1,
 ) -> tuple[jax.Array, jax.Array]:
     """The two sums of batch norm's backward pass.
 
@@ -121,7 +122,7 @@ def input_cotangent(
     c0: "ArrayLike",
     weights: "ArrayLike | None" = None,
     *,
-    feature_axes: tuple[int, ...] = (-1,),
+    feature_axes: int | tuple[int, ...] = -1,
 ) -> jax.Array:
     """What batch norm's backward pass makes of each element.
 
@@ -186,8 +187,15 @@ def _call(
     return tuple(made) if like is None else made
 
 
+def _as_array(array, name: str) -> jax.Array:
+    try:
+        return jnp.asarray(array)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"`{name}` must be an array, got {array!r}.") from error
+
+
 def _checked(array, name: str) -> jax.Array:
-    array = jnp.asarray(array)
+    array = _as_array(array, name)
     if array.dtype not in DTYPES:
         raise TypeError(f"`{name}` must be float32 or bfloat16, got {array.dtype}.")
     return array
@@ -203,7 +211,7 @@ def _checked_dy(dy, x: jax.Array) -> jax.Array:
 def _checked_vector(
     vector, name: str, axes: tuple[int, ...], x: jax.Array
 ) -> jax.Array:
-    vector, features = jnp.asarray(vector), tuple(x.shape[axis] for axis in axes)
+    vector, features = _as_array(vector, name), tuple(x.shape[axis] for axis in axes)
     if vector.shape != features or vector.dtype != jnp.float32:
         raise ValueError(
             f"`{name}` is {vector.dtype} of shape {vector.shape}, expected float32 of "
@@ -212,8 +220,15 @@ def _checked_vector(
     return vector
 
 
-def _checked_axes(feature_axes: tuple[int, ...], x: jax.Array) -> tuple[int, ...]:
-    axes = tuple(axis + x.ndim if axis < 0 else axis for axis in feature_axes)
+def _checked_axes(feature_axes: int | tuple[int, ...], x: jax.Array) -> tuple:
+    given = np.atleast_1d(np.asarray(feature_axes, object))
+    try:
+        axes = [operator.index(axis) for axis in given]
+    except TypeError:
+        raise TypeError(
+            f"`feature_axes` must be integers, got {feature_axes!r}."
+        ) from None
+    axes = tuple(axis + x.ndim if axis < 0 else axis for axis in axes)
     first = axes[0] if axes else 0
     adjacent = tuple(range(first, first + len(axes)))
     if axes != adjacent or not 0 <= first <= x.ndim - len(axes):
@@ -227,7 +242,7 @@ def _checked_axes(feature_axes: tuple[int, ...], x: jax.Array) -> tuple[int, ...
 def _checked_weights(weights, axes: tuple[int, ...], x: jax.Array) -> jax.Array:
     if weights is None:
         return jnp.zeros(0, jnp.float32)
-    weights = jnp.asarray(weights)
+    weights = _as_array(weights, "weights")
     if weights.dtype != jnp.float32:
         raise TypeError(f"`weights` must be float32, got {weights.dtype}.")
     expected = tuple(1 if i in axes else n for i, n in enumerate(x.shape))
