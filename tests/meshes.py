@@ -435,7 +435,8 @@ def _each(f, specs, *trees):
 
 def compare(case: Case) -> None:
     """The mesh with one device."""
-    tolerance = 1e-9 if case.dtype == "float64" else 3e-4
+    # In float32, groups of two examples that are near each other lose three digits.
+    tolerance = 1e-9 if case.dtype == "float64" else 3e-3
 
     def close(path, got, expected):
         assert got.dtype == expected.dtype
