@@ -101,7 +101,10 @@ def known(value: ArrayLike) -> np.ndarray | None:
         return None
     if isinstance(value, jax.Array) and not value.is_fully_addressable:
         return None
-    return np.asarray(value)
+    numbers = np.asarray(value)
+    if jnp.issubdtype(numbers.dtype, jnp.floating):
+        return numbers.astype(np.float64)  # NumPy warns of NaN in narrow ones.
+    return numbers
 
 
 def require_no_imaginary_loss(name: str, array: jax.Array, into: str, dtype) -> None:

@@ -160,7 +160,8 @@ def pull_back(static: Static, local, x, scale, bias, inv, k, given: Given):
         with_k = k * local[0], (k * local[1]).real
         sum_kc, sum_kc_delta, *total = _mesh.all_sum((*with_k, *local), *over)
     c0 = -_sums.over(sum_kc, n)
-    c1 = -jnp.square(inv) * _sums.over(sum_kc_delta, n)
+    # Factor by factor: inv³ overflows where the variance is next to nothing.
+    c1 = -_sums.over(sum_kc_delta, n) * inv * inv
 
     def vector(operand, here, everywhere):
         if operand is None:
@@ -202,7 +203,7 @@ def _tangent(static: Static, x, scale, given: Given, dx, dscale, dbias):
         (sums[0], sums[1].real), static.axis_name, static.axis_index_groups
     )
     c0 = -k * _sums.over(total[0], n)
-    c1 = -k * jnp.square(inv) * _sums.over(total[1], n)
+    c1 = -_sums.over(total[1], n) * inv * inv * k
     if dbias is not None:
         c0 = c0 + _dtypes.widen(dbias, x)
     if dscale is not None:

@@ -444,6 +444,187 @@ CASES = {
         ValueError,
         ["`state.mean` is for features of shape (2,)", "(3,)", "`init(3)`"],
     ),
+    "standard of other features": (
+        lambda: trained(layers.standard(), features=2),
+        ValueError,
+        ["`state.mean` is for features of shape (2,)", "(4, 3)", "`init(3)`"],
+    ),
+    "inference of other features": (
+        lambda: layers.standard().apply(*layers.standard().init(2), X, training=False),
+        ValueError,
+        ["`state.mean` is for features of shape (2,)", "(4, 3)", "`init(3)`"],
+    ),
+    "a mask by another name": (
+        lambda: trained(layers.standard(), mask=X > 0),
+        TypeError,
+        ["takes the keywords ['training', 'weights']", "['mask']", "`weights`"],
+    ),
+    "an input of another layer": (
+        lambda: trained(layers.domain(num_domains=2), condition=0),
+        TypeError,
+        ["'domain_ids'", "['condition']"],
+    ),
+    "no x": (
+        lambda: layers.ghost(group_size=2).apply({}, STATS, training=True),
+        TypeError,
+        ["ghost.apply() missing 1 required positional argument: 'x'"],
+    ),
+    "no such option": (
+        lambda: layers.renorm(rmax=2.0),
+        TypeError,
+        ["renorm()", "'rmax'"],
+    ),
+    "parameters that are none": (
+        lambda: layers.standard().apply(None, STATS, X, training=True),
+        TypeError,
+        ["`params` must be a dict", "NoneType", "`init`"],
+    ),
+    "a state as a dict": (
+        lambda: layers.standard(use_scale=False, use_bias=False).apply(
+            {}, STATS._asdict(), X, training=True
+        ),
+        TypeError,
+        ["`state` must be a `RunningStats`", "dict"],
+    ),
+    "the state of another layer": (
+        lambda: layers.renorm().update(STATS, M),
+        TypeError,
+        ["`state` must be a `RenormStats`", "RunningStats"],
+    ),
+    "no momentum": (
+        lambda: layers.standard(momentum=None),
+        TypeError,
+        ["`momentum` is the weight of the old value", "got None"],
+    ),
+    "a word for momentum": (
+        lambda: jaxbn.update(STATS, M, momentum="fast"),
+        TypeError,
+        ["`momentum` is the weight of the old value", "'fast'"],
+    ),
+    "no epsilon": (
+        lambda: layers.in_place(epsilon=None),
+        TypeError,
+        ["`epsilon` must be a number", "None"],
+    ),
+    "an option that is no bool": (
+        lambda: layers.standard(use_scale=None),
+        TypeError,
+        ["`use_scale` must be True or False", "None"],
+    ),
+    "other derivatives, at once": (
+        lambda: layers.ghost(group_size=2, derivatives="reverse"),
+        ValueError,
+        ["`derivatives` must be 'vjp' or 'jvp'", "'reverse'"],
+    ),
+    "another implementation, at once": (
+        lambda: layers.streaming(implementation="gpu"),
+        ValueError,
+        ["`implementation` must be None, 'xla' or 'cpu'", "'gpu'"],
+    ),
+    "a limit that is none": (
+        lambda: layers.renorm(r_max=None),
+        TypeError,
+        ["`r_max` must be a number", "None"],
+    ),
+    "an example weight in words": (
+        lambda: layers.standard(example_weight="half"),
+        TypeError,
+        ["`example_weight` must be a number", "'half'"],
+    ),
+    "a slope that is none": (
+        lambda: layers.in_place(negative_slope=None),
+        TypeError,
+        ["`negative_slope` must be a number", "None"],
+    ),
+    "a decay in words": (
+        lambda: jaxbn.debiased("0.9"),
+        TypeError,
+        ["`decay` must be a number", "'0.9'"],
+    ),
+    "a number for an axis name": (
+        lambda: jaxbn.moments(X, axis_name=3),
+        TypeError,
+        ["`axis_name` must be the name", "3", "`feature_axes`"],
+    ),
+    "numbers for axis names": (
+        lambda: jaxbn.sync_stats(STATS, (0, 1)),
+        TypeError,
+        ["`axis_name` must be the name", "0"],
+    ),
+    "groups that are no lists": (
+        lambda: jax.vmap(
+            lambda x: jaxbn.moments(x, axis_name="i", axis_index_groups=2),
+            axis_name="i",
+        )(X),
+        TypeError,
+        ["`axis_index_groups` must be lists of integers", "2"],
+    ),
+    "several arrays": (
+        lambda: jaxbn.moments((X, X)),
+        TypeError,
+        ["`x` must be one array", "tuple of 2"],
+    ),
+    "weights in words": (
+        lambda: jaxbn.moments(X, weights="all"),
+        TypeError,
+        ["`weights` must be an array", "'all'"],
+    ),
+    "a dtype that is none": (
+        lambda: jaxbn.batch_norm(X, dtype="narrow"),
+        TypeError,
+        ["`dtype` must be a dtype", "'narrow'"],
+    ),
+    "moments of integers": (
+        lambda: jaxbn.merge_moments(
+            jaxbn.Moments(*[jnp.ones((2, 3), int)] * 2, jnp.ones(2))
+        ),
+        TypeError,
+        ["`moments_.mean` must be floating", "int32"],
+    ),
+    "moments of other shapes": (
+        lambda: jaxbn.merge_moments(
+            jaxbn.Moments(jnp.ones((2, 3)), jnp.ones((2, 4)), jnp.ones(2))
+        ),
+        ValueError,
+        ["`moments_.var` has shape (2, 4)", "(2, 3)"],
+    ),
+    "moments as an array": (
+        lambda: jaxbn.merge_moments(X),
+        TypeError,
+        ["`moments_` must be `Moments`"],
+    ),
+    "statistics as a tuple": (
+        lambda: jaxbn.update((V, V), M),
+        TypeError,
+        ["`stats` must be `RunningStats`", "tuple"],
+    ),
+    "statistics of integers": (
+        lambda: jaxbn.update(jaxbn.RunningStats(*[jnp.ones(3, int)] * 2, 0), M),
+        TypeError,
+        ["`stats.mean` must be floating", "int32"],
+    ),
+    "statistics that are none": (
+        lambda: jax.vmap(
+            lambda x: jaxbn.sync_stats({"mean": None, "var": x}, "i"), axis_name="i"
+        )(X),
+        TypeError,
+        ["`stats['mean']` must be an array", "None"],
+    ),
+    "linen's call": (
+        lambda: jaxbn.linen.GhostBatchNorm(False, group_size=2).init(KEY, X, train=1),
+        TypeError,
+        ["GhostBatchNorm.__call__() got an unexpected keyword argument 'train'"],
+    ),
+    "nnx's call": (
+        lambda: jaxbn.nnx.BatchRenorm(3, rngs=nnx.Rngs(0))(X, train=True),
+        TypeError,
+        ["BatchRenorm.__call__() got an unexpected keyword argument 'train'"],
+    ),
+    "nnx without a momentum": (
+        lambda: jaxbn.nnx.BatchNorm(3, momentum=None, rngs=nnx.Rngs(0)),
+        TypeError,
+        ["`momentum` is the weight of the old value", "None"],
+    ),
     "linen ghost without groups": (
         lambda: jaxbn.linen.GhostBatchNorm(True).apply({}, X),
         ValueError,
@@ -514,3 +695,9 @@ def test_a_shift_that_differs_between_devices_is_refused():
         ValueError, match=r"`shift` varies over the axes.*'data'.*pmean"
     ):
         spread(np.ones((16, 3), np.float32))
+
+
+@pytest.mark.parametrize("scalar", [np.float32(1), jnp.zeros(()), 2.0])
+def test_a_scalar_has_no_axis_of_devices(scalar):
+    with pytest.raises(ValueError, match=r"`tree\['a'\]` is a scalar.*stacked=True"):
+        jaxbn.assert_replicated({"a": scalar}, stacked=True)

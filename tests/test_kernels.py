@@ -130,10 +130,7 @@ def test_without_any_weight_the_mean_is_the_shift():
 def test_the_variance_is_exact_over_devices_about_any_shift(name):
     args = far(rows=spread.ROWS)[:, :3], *[jnp.ones(3)] * 2, jnp.ones((spread.ROWS, 1))
     _, (_, m, _) = jax.jit(partial(spread.CONTEXTS[name], form="vjp", shift=0.0))(*args)
-    x = args[0] + 1 if name == "scan" else args[0]
-    for m in (m, jax.tree.map(lambda a: a[0] if a.ndim > 1 else a, m)):
-        assert_close(np.reshape(m.var, -1)[:3], exact_var(args[0]), rtol=1e-5)
-    assert x.shape
+    assert_close(m.var, exact_var(args[0]), rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
@@ -148,28 +145,24 @@ def test_the_variance_is_exact_on_meshes_about_any_shift(kind):
 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_groups_are_pooled_exactly_about_any_shift(devices):
-    layer = jaxbn.layers.ghost(num_groups=8, momentum=0.0)
+    names = {"axis_name": "data"} if devices > 1 else {}
+    groups = {"num_groups": 8, "strided": True}  # Next to the features: kernels sum.
+    layer = jaxbn.layers.ghost(implementation="cpu", momentum=0.0, **groups, **names)
     params, state = layer.init(4)
-    x = far()
-    run = partial(layer.apply, params, state, training=True)
+    run, x = partial(layer.apply, params, state, training=True), far()
     if devices > 1:
-        layer = jaxbn.layers.ghost(num_groups=8, momentum=0.0, axis_name="data")
-        run = jax.shard_map(
-            partial(layer.apply, params, state, training=True),
-            mesh=spread.mesh_of(8),
-            in_specs=P("data"),
-            out_specs=(P("data"), P()),
-        )
+        places = {"in_specs": P("data"), "out_specs": (P("data"), P())}
+        run = jax.shard_map(run, mesh=spread.mesh_of(8), **places)
     y, new = jax.jit(run)(x)
-    assert_close(new.var, exact_var(x), rtol=1e-5)
-    truth, _ = oracle.groups(x, np.repeat(np.arange(8), 8))
+    assert_close(new.var, exact_var(x), rtol=1e-3)  # Of means rounded to float32.
+    truth, _ = oracle.groups(x, np.tile(np.arange(8), 8))
     assert_close(y, truth, rtol=5e-3, atol=5e-3)  # x has no more digits.
 
 
 @pytest.mark.parametrize("form", spread.FORMS)
 def test_derivatives_are_exact_about_any_shift(form, x64):
-    """To what x has digits for: at 1e4 its mean is rounded to 1e-3 of a deviation."""
-    x, scale, bias = far(), numbers(4, "float32", 5), numbers(4, "float32", 6)
+    """To what x has digits for: at 1e3 its mean is rounded to 1e-4 of a deviation."""
+    x, scale, bias = far(ratio=1e3), numbers(4, "float32", 5), numbers(4, "float32", 6)
 
     def loss(x, scale, bias, implementation):
         options = {"shift": FAR.astype(x.dtype), "implementation": implementation}

@@ -1,8 +1,13 @@
 """`layers.standard`: what every layer promises."""
 
+import copy
+import pickle
+
+import family
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peers
 import pytest
 from data import assert_close, numbers
 
@@ -87,3 +92,98 @@ def test_traced_training_is_refused():
     apply = jax.jit(lambda t: layer.apply(params, state, x, training=t))
     with pytest.raises(TypeError, match=r"`training` must be a Python bool.*static"):
         apply(True)
+
+
+def test_numpy_says_whether_it_trains():
+    layer, params, state, x = made({})
+    for yes in (True, np.True_):
+        y, _ = layer.apply(params, state, x, training=yes)
+        assert_close(y.mean((0, 1)), np.zeros(3), atol=1e-5)
+
+
+MAKERS = {name: case.make for name, case in family.CASES.items()}
+MAKERS["an array"] = lambda: layers.standard(momentum=np.full(3, 0.9), epsilon=1e-3)
+MAKERS["an array of JAX"] = lambda: layers.renorm(r_max=jnp.array(2.0))
+MAKERS["lists"] = lambda: layers.standard(feature_axes=[1, 2], axis_name=["a", "b"])
+MAKERS["a function"] = lambda: layers.standard(momentum=jaxbn.debiased(0.9))
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_layers_of_equal_options_are_equal(name):
+    one, other = MAKERS[name](), MAKERS[name]()
+    assert one is not other
+    assert one == other
+    assert hash(one) == hash(other)
+    assert one.apply == other.apply
+    assert hash(one.update) == hash(other.update)
+    assert one.apply != one.forward
+    for twin in (pickle.loads(pickle.dumps(one)), copy.deepcopy(one), copy.copy(one)):
+        assert twin == one
+        assert repr(twin) == repr(one)
+    assert pickle.loads(pickle.dumps(one.apply)) == one.apply
+    assert jax.tree.leaves(one) == []
+    assert jax.tree.map(lambda a: a, one) == one
+
+
+def test_layers_of_other_options_are_not_equal():
+    made = [
+        layers.standard(),
+        layers.standard(momentum=0.9),
+        layers.standard(momentum=1),
+        layers.standard(momentum=jnp.array(1.0)),
+        layers.standard(momentum=jnp.array([1.0])),
+        layers.standard(dtype=jnp.float32),
+        layers.streaming(),
+        layers.in_place(),
+        layers.in_place(activation="elu"),
+    ]
+    assert len(set(made)) == len(made)
+    assert layers.standard(momentum=0.99, dtype=None) == layers.standard()
+    assert layers.standard(dtype="float32") == layers.standard(dtype=jnp.float32)
+
+
+def test_a_layer_prints_as_it_was_made():
+    assert repr(layers.standard()) == "standard()"
+    made = "ghost(group_size=2, momentum=debiased(0.9))"
+    assert repr(layers.ghost(group_size=2, momentum=jaxbn.debiased(0.9))) == made
+    assert eval(made, {**vars(layers), "debiased": jaxbn.debiased}) is not None
+    assert repr(layers.standard(momentum=jaxbn.cumulative()).apply) == (
+        "standard(momentum=cumulative()).apply"
+    )
+
+
+def test_an_array_of_options_may_change_later():
+    momentum = np.full(3, 0.9)
+    layer = layers.standard(momentum=momentum)
+    momentum[:] = 0
+    assert layer == layers.standard(momentum=np.full(3, 0.9))
+
+
+def test_equal_layers_are_traced_once():
+    _, params, state, x = made({})
+    traced = []
+
+    def step(layer, x):
+        traced.append(layer)
+        return layer.apply(params, state, x, training=True)
+
+    for compiled in (jax.jit(step), jax.jit(step, static_argnums=0)):
+        traced.clear()
+        for _ in range(3):
+            compiled(layers.standard(momentum=0.9), x)
+        assert len(traced) == 1
+    applied = jax.jit(layers.standard().apply, static_argnames="training")
+    applied(params, state, x, training=True)
+
+
+def test_in_equinox_two_models_of_an_architecture_have_one_tree():
+    eqx = pytest.importorskip("equinox", reason=peers.MISSING)
+
+    class Model(eqx.Module):
+        norm: layers.Layer
+        scale: jax.Array
+
+    online, target = (Model(layers.standard(), jnp.full(2, v)) for v in (1.0, 3.0))
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, online, target)
+    assert_close(mean.scale, np.full(2, 2.0))
+    assert mean.norm == online.norm

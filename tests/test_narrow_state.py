@@ -48,7 +48,7 @@ def assert_arrived(mean, spread, dtype):
 def test_layers_arrive(name, dtype, same):
     case = family.CASES[name]
     momentum = (lambda step: 0.99) if name == "streaming" else 0.99
-    layer = case.make(momentum=momentum, **({} if name == "renorm" else {}))
+    layer = case.make(momentum=momentum)
     params, state = layer.init(family.FEATURES)
     given = family.inputs(case, jnp.float32)
 

@@ -1,5 +1,7 @@
 """Under JAX's transformations and its strict modes."""
 
+import gc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from data import assert_close, numbers
 
 import jaxbn
+from jaxbn import _platform
 
 FORMS = ("vjp", "jvp")
 
@@ -117,3 +120,31 @@ def test_donated_state():
     for _ in range(2):
         stats = f(stats, arguments()[0])
     assert stats.step == 2
+
+
+def test_what_is_traced_lives_as_long_as_jax_keeps_its_programs():
+    def step(x):
+        return jax.grad(lambda x: jaxbn.batch_norm(x)[0].sum())(x)
+
+    def own():
+        """Forms of arrays that no other test has."""
+        avals = [aval for _, _, avals, _ in _platform._forms for aval in avals]
+        return sum(aval.shape[-1:] == (11,) for aval in avals)
+
+    for _ in range(2):
+        for rows in range(2, 6):
+            step(jnp.ones((rows, 11)))
+            jax.jit(step)(jnp.ones((rows, 11)))
+        assert own() > 0
+        jax.clear_caches()
+        gc.collect()
+        assert own() == 0
+
+
+def test_without_jit_nothing_is_traced_again():
+    step = jax.grad(lambda x: jaxbn.batch_norm(x)[0].sum())
+    step(jnp.ones((7, 3)))
+    before = dict(_platform._forms)
+    step(jnp.ones((7, 3)))
+    assert all(_platform._forms[key] is form for key, form in before.items())
+    assert len(_platform._forms) == len(before)

@@ -227,3 +227,29 @@ def test_under_the_sanitizers(tmp_path, clones):
     subprocess.run(build, check=True, capture_output=True)
     run = subprocess.run([tmp_path / "kernels_test"], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_lists_and_single_axes_are_taken():
+    got = jaxbn_cpu.moments([[1.0, 2.0], [3.0, 6.0]], feature_axes=1)
+    np.testing.assert_array_equal(got[0], [2, 4])
+    np.testing.assert_array_equal(got[2], [2, 8])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: jaxbn_cpu.moments("all"), "`x` must be an array, got 'all'"),
+        (lambda: jaxbn_cpu.moments(None), "`x` must be an array, got None"),
+        (
+            lambda: jaxbn_cpu.moments(jnp.ones((2, 2)), feature_axes="a"),
+            "`feature_axes` must be integers, got 'a'",
+        ),
+        (
+            lambda: jaxbn_cpu.moments(jnp.ones((2, 2)), weights="all"),
+            "`weights` must be an array, got 'all'",
+        ),
+    ],
+)
+def test_what_is_no_array_is_named(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()
