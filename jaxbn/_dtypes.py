@@ -65,9 +65,11 @@ def checked(name: str, dtype: DTypeLike) -> np.dtype:
 def number(name: str, value: ArrayLike) -> float:
     """`value` as Python's number, refused unless it is a real one."""
     numbers = known(value)
-    real = numbers is not None and jnp.issubdtype(numbers.dtype, jnp.number)
-    if not real or numbers.ndim or np.iscomplexobj(numbers):
+    kinds = jnp.integer, jnp.floating
+    if numbers is None or not any(jnp.issubdtype(numbers.dtype, k) for k in kinds):
         raise TypeError(f"`{name}` must be a number, got {value!r}.")
+    if numbers.ndim:
+        raise TypeError(f"`{name}` must be one number, got shape {numbers.shape}.")
     return float(numbers)
 
 

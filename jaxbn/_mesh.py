@@ -25,13 +25,13 @@ def require_bound(
     size = axis_size(axis_name)
     if axis_index_groups is None:
         return
-    _, axis_index_groups = hashable(None, axis_index_groups)
+    _, groups = hashable(None, axis_index_groups)
     if len(as_names(axis_name)) != 1:
         raise ValueError(
             f"`axis_index_groups` needs a single `axis_name`, got {axis_name!r}. Name "
             "one axis, or make the groups an axis of the mesh."
         )
-    if sorted(i for group in axis_index_groups for i in group) != list(range(size)):
+    if sorted(i for group in groups for i in group) != list(range(size)):
         raise ValueError(
             f"`axis_index_groups` is {axis_index_groups!r}, which does not partition "
             f"the {size} indices of axis {axis_name!r}. Name each of 0 to {size - 1} "

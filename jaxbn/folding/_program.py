@@ -129,8 +129,9 @@ def inner_program(op: Op) -> Program:
 
 def only_operation(op: Op) -> str:
     """The name of an operation, or of the only one in a function with its own rule."""
-    called = op.params.get("call_jaxpr")
-    inside = called.jaxpr.eqns if op.name == "custom_jvp_call" else ()
+    if op.name != "custom_jvp_call":
+        return op.name
+    inside = op.params["call_jaxpr"].jaxpr.eqns
     return inside[0].primitive.name if len(inside) == 1 else op.name
 
 
