@@ -1,4 +1,7 @@
-"""What a synchronized layer sends: one all-reduce each way, on however many devices."""
+"""What a synchronized layer sends: one all-reduce each way, on however many devices.
+
+This is for XLA's sums; what the CPU kernels send beside is in `test_kernels.py`.
+"""
 
 import importlib.util
 import os
@@ -18,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 import jaxbn
 
 ROWS, ALL = P("data"), P()
+XLA = {"implementation": "xla"}
 
 
 def forward_and_backward(mesh, *, near=True, masked=False, sync=True, shape=(4,)):
@@ -31,6 +35,7 @@ def forward_and_backward(mesh, *, near=True, masked=False, sync=True, shape=(4,)
             weights=x[:, :1] > 0 if masked else None,
             shift=bias if near else None,
             axis_name="data" if sync else None,
+            **XLA,
         )
 
     def step(x, scale, bias, ct):
@@ -92,7 +97,8 @@ def test_a_sharded_batch_under_jit(devices):
     ("cls", "issued"), [(jaxbn.linen.BatchNorm, 2), (nn.BatchNorm, 4)]
 )
 def test_all_reduces_that_a_module_issues(cls, issued):
-    layer = cls(False, axis_name="data")
+    own = XLA if cls is jaxbn.linen.BatchNorm else {}
+    layer = cls(False, axis_name="data", **own)
     variables = layer.init(jax.random.key(0), jnp.ones((2, 4)))
 
     def step(params, x, ct):
@@ -126,7 +132,7 @@ def table_of_all_reduces():
 @pytest.mark.parametrize(("form", "told"), list(table_of_all_reduces()))
 def test_all_reduces_of_each_derivative(form, told):
     def layer(x, scale, bias):
-        sums = {"shift": jnp.full(3, 0.1), "axis_name": "data"}
+        sums = {"shift": jnp.full(3, 0.1), "axis_name": "data", **XLA}
         if form in ("vjp", "jvp"):
             return jaxbn.batch_norm(x, scale, bias, **sums, derivatives=form)[0]
         m = jaxbn.moments(x, **sums)
@@ -158,7 +164,8 @@ def remat_collectives(policy):
 
     def network(x):
         for _ in range(3):
-            x = jaxbn.batch_norm(jnp.sin(x), axis_name="data", shift=jnp.zeros(3))[0]
+            options = {"axis_name": "data", "shift": jnp.zeros(3), **XLA}
+            x = jaxbn.batch_norm(jnp.sin(x), **options)[0]
         return (x**2).sum()
 
     def step(x):

@@ -159,6 +159,27 @@ def test_groups_are_pooled_exactly_about_any_shift(devices):
     assert_close(y, truth, rtol=5e-3, atol=5e-3)  # x has no more digits.
 
 
+@pytest.mark.parametrize("kind", ["linen", "nnx", "standard", "renorm", "in_place"])
+def test_a_first_step_is_exact(kind):
+    """Where the running mean, which XLA would take for the shift, is 0."""
+    x, option = far(), {"momentum": 0.0}
+    if kind == "linen":
+        layer = jaxbn.linen.BatchNorm(use_running_average=False, **option)
+        variables = layer.init(jax.random.key(0), x)
+        var = layer.apply(variables, x, mutable=["batch_stats"])[1]["batch_stats"][
+            "var"
+        ]
+    elif kind == "nnx":
+        layer = jaxbn.nnx.BatchNorm(4, rngs=nnx.Rngs(0), **option)
+        layer(x)
+        var = layer.var[...]
+    else:
+        layer = getattr(jaxbn.layers, kind)(**option)
+        _, state = layer.apply(*layer.init(4), x, training=True)
+        var = jnp.square(state.std) - 1e-5 if kind == "renorm" else state.var
+    assert_close(var, exact_var(x), rtol=1e-6)
+
+
 @pytest.mark.parametrize("form", spread.FORMS)
 def test_derivatives_are_exact_about_any_shift(form, x64):
     """To what x has digits for: at 1e3 its mean is rounded to 1e-4 of a deviation."""
@@ -422,6 +443,31 @@ def test_export(implementation, kernels):
         disabled_checks=[allow(f"jaxbn_{name}") for name in kernels],
     )(x)
     assert_close(exported.call(x), f(x, None, None)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("near", [True, False])
+def test_over_devices_the_mean_takes_an_all_reduce_of_its_own(near):
+    x, v = numbers((16, 3), "float32"), jnp.ones(3)
+
+    def step(x, v):
+        f = partial(jaxbn.batch_norm, axis_name="data", shift=v if near else None)
+        y, vjp, m = jax.vjp(f, x, v, v, has_aux=True)
+        return y, m, vjp(y)
+
+    specs = {
+        "in_specs": (P("data"), P()),
+        "out_specs": (P("data"), P(), (P("data"), P(), P())),
+    }
+    spread_step = jax.shard_map(step, mesh=spread.mesh_of(8), **specs)
+    lowered = jax.jit(spread_step).lower(x, v).as_text()
+    assert lowered.count("stablehlo.all_reduce") == 3
+
+
+def test_longer_axes_than_a_partitioner_takes_are_left_to_xla():
+    x = jax.ShapeDtypeStruct((2**31, 2), jnp.float32)
+    jax.eval_shape(jaxbn.moments, x)
+    with pytest.raises(ValueError, match="an axis is longer than"):
+        jax.eval_shape(partial(jaxbn.moments, implementation="cpu"), x)
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def ghost(
         if not update_per_group:
             # A shift spares a collective, and digits where it is far.
             by = implementation, split, groups.feature_axes, weights
-            near = use_fast_variance and over is not None and not _kernels.choose(*by)
+            near = use_fast_variance and not _kernels.choose(*by)
             shift = state.mean if near else None
             m = merge_moments(m, shift=shift, axis_name=over)
         return _mesh.reshape_like(y, x), m

@@ -1,7 +1,6 @@
 """What every layer is: a few pure functions."""
 
 import functools
-import inspect
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, ParamSpec, Protocol
@@ -14,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxbn import _axes, _dtypes
 from jaxbn._moments import Moments
 from jaxbn._running_stats import RunningStats, init_stats
-from jaxbn.layers._made import Function, Made
+from jaxbn.layers._made import Function, Made, signature
 
 Params = dict[str, jax.Array]
 Options = ParamSpec("Options")
@@ -39,9 +38,9 @@ class Layer(NamedTuple):
     are the halves of `apply`, for moments that come in several parts or from elsewhere:
     in training, `apply` is `y, m = forward(...)`, `state = update(state, m)`.
 
-    Layers with equal options are equal, hash alike and can be pickled, and so are and
-    can their functions. For JAX a layer is no leaf, but part of a tree's structure: it
-    may be an argument of a compiled function, or a field of a module.
+    Layers with equal options are equal, have one hash, and can be pickled; so can their
+    functions. For JAX a layer is no leaf, but part of a tree's structure: it may be an
+    argument of a compiled function, or a field of a module.
 
     Attributes:
       init: `init(features) -> (params, state)`. `features` is the number of features,
@@ -83,7 +82,7 @@ def factory(make: Callable[Options, Layer]) -> Callable[Options, Layer]:
     @functools.wraps(make)
     def made(*args: Options.args, **options: Options.kwargs) -> Layer:
         try:
-            given = inspect.signature(make).bind(*args, **options).arguments
+            given = signature(make).bind(*args, **options).arguments
         except TypeError as error:
             raise TypeError(f"{make.__name__}() {error}") from None
         how = Made(made, given)

@@ -15,6 +15,7 @@ from jaxbn._batch_norm import require_derivatives
 from jaxbn._normalize import checked_epsilon
 from jaxbn._running_stats import require_momentum
 
+signature = functools.cache(inspect.signature)
 REQUIRE = {
     "momentum": require_momentum,
     "epsilon": checked_epsilon,
@@ -40,7 +41,7 @@ class Made:
 
     @functools.cached_property
     def _key(self) -> tuple:
-        all_ = inspect.signature(self.make).bind(**self.options)
+        all_ = signature(self.make).bind(**self.options)
         all_.apply_defaults()
         return self.make, tuple(
             _comparable(*option) for option in all_.arguments.items()
@@ -84,7 +85,7 @@ def _require_bool(make: Callable[..., Any], name: str) -> Callable[[Any], None]:
     """Refuses another value of an option that is True or False by default."""
 
     def require(value: Any) -> None:
-        default = inspect.signature(make).parameters[name].default
+        default = signature(make).parameters[name].default
         if isinstance(default, bool) and not isinstance(value, (bool, np.bool_)):
             raise TypeError(f"`{name}` must be True or False, got {value!r}.")
 
