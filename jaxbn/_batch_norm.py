@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxbn import _axes, _dtypes, _kernels, _mesh, _rules
+from jaxbn import _axes, _devices, _dtypes, _kernels, _rules
 from jaxbn._moments import Moments, moments
 from jaxbn._normalize import checked_epsilon, optional_vector
 
@@ -20,8 +20,8 @@ def batch_norm(
     epsilon: ArrayLike = 1e-5,
     weights: ArrayLike | None = None,
     shift: ArrayLike | None = None,
-    axis_name: _mesh.AxisName | None = None,
-    axis_index_groups: _mesh.Groups | None = None,
+    axis_name: _devices.AxisName | None = None,
+    axis_index_groups: _devices.Groups | None = None,
     dtype: DTypeLike | None = None,
     derivatives: str = "vjp",
     implementation: str | None = None,
@@ -165,8 +165,8 @@ def checked_operands(
     epsilon: ArrayLike,
     weights: ArrayLike | None,
     dtype: DTypeLike | None,
-    axis_name: _mesh.AxisName | None = None,
-    axis_index_groups: _mesh.Groups | None = None,
+    axis_name: _devices.AxisName | None = None,
+    axis_index_groups: _devices.Groups | None = None,
 ) -> tuple:
     """Static, x, scale, bias and Given, from what users pass."""
     x = _dtypes.inexact_array("x", x)
@@ -176,6 +176,8 @@ def checked_operands(
     bias = optional_vector("bias", bias, x, axes, dtype)
     if weights is not None:
         weights = _axes.weights_like(weights, x, m.count.dtype)
-    static = _rules.Static(axes, dtype, *_mesh.hashable(axis_name, axis_index_groups))
+    static = _rules.Static(
+        axes, dtype, *_devices.hashable(axis_name, axis_index_groups)
+    )
     given = _rules.Given(m.mean, m.var, m.count, weights, checked_epsilon(epsilon))
     return static, x, scale, bias, given

@@ -9,7 +9,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from jaxbn import _axes, _dtypes, _kernels, _mesh, _sums
+from jaxbn import _axes, _devices, _dtypes, _kernels, _sums
 
 
 class Moments(NamedTuple):
@@ -39,8 +39,8 @@ def moments(
     feature_axes: _axes.Axes = -1,
     weights: ArrayLike | None = None,
     shift: ArrayLike | None = None,
-    axis_name: _mesh.AxisName | None = None,
-    axis_index_groups: _mesh.Groups | None = None,
+    axis_name: _devices.AxisName | None = None,
+    axis_index_groups: _devices.Groups | None = None,
     implementation: str | None = None,
 ) -> Moments:
     """Mean and biased variance of `x` over all axes but the feature axes.
@@ -124,7 +124,7 @@ def merge_moments(
     axis: _axes.Axes = 0,
     *,
     shift: ArrayLike | None = None,
-    axis_name: _mesh.AxisName | None = None,
+    axis_name: _devices.AxisName | None = None,
 ) -> Moments:
     """Pools stacked moments into those of all their data together.
 
@@ -214,8 +214,8 @@ def _pooled(
     weights: jax.Array | None,
     shift: jax.Array | None,
     feature_axes: tuple[int, ...],
-    axis_name: _mesh.AxisName | None,
-    axis_index_groups: _mesh.Groups | None = None,
+    axis_name: _devices.AxisName | None,
+    axis_index_groups: _devices.Groups | None = None,
     known_mean: jax.Array | None = None,
 ) -> Moments:
     """The moments of values, or of parts with mean `x`.
@@ -224,17 +224,17 @@ def _pooled(
     the sum of their own variances. Where this device's `known_mean` costs nothing, it
     is a better center than the shift.
     """
-    _mesh.require_bound(axis_name, axis_index_groups)
+    _devices.require_bound(axis_name, axis_index_groups)
     if shift is not None and axis_index_groups is None:
-        _mesh.require_same_on_all("shift", shift, axis_name)  # Or in each group.
+        _devices.require_same_on_all("shift", shift, axis_name)  # Or in each group.
 
     def all_sum(*sums):
-        sums = _mesh.all_sum(sums, axis_name, axis_index_groups)
+        sums = _devices.all_sum(sums, axis_name, axis_index_groups)
         return [checkpoint_name(s, "jaxbn_moments") for s in sums]
 
     # The moments do not depend on the center, so neither does their derivative.
     count = _sums.total_weight(x, weights, feature_axes)
-    if count.size == 1 and _mesh.is_spread_further(x, weights, axis_name):
+    if count.size == 1 and _devices.is_spread_further(x, weights, axis_name):
         # Features are split, one to a device, and weights are not: so are not counts.
         count = count.reshape(())
     if shift is not None and known_mean is None:
@@ -252,7 +252,7 @@ def _pooled(
         total, count = all_sum(total, count)
         center = _sums.over(total, count)
     if shift is not None:
-        center = _mesh.where(count > 0, center, shift)
+        center = _devices.where(count > 0, center, shift)
     sums = all_sum(*central_sums(x, center, weights, feature_axes))
     return _from_sums(center, count, *sums)
 
@@ -280,7 +280,7 @@ def whole_count(m: Moments) -> jax.Array:
     """The count in the shape of the mean, and in its sharding."""
     mean, count = jnp.asarray(m.mean), jnp.asarray(m.count)
     count = jnp.expand_dims(count, tuple(range(count.ndim, mean.ndim)))
-    return _mesh.shard_like(jnp.broadcast_to(count, mean.shape), mean)
+    return _devices.shard_like(jnp.broadcast_to(count, mean.shape), mean)
 
 
 def _checked_shift(shift, x, feature_axes) -> jax.Array | None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxbn import _axes, _dtypes, _mesh
+from jaxbn import _axes, _devices, _dtypes
 
 NAME = "jaxbn_normalize"
 
@@ -159,7 +159,7 @@ def normalize_shifted(
     k = inverse_deviation(var, epsilon)
     if scale is not None:
         k = k * _dtypes.widen(scale, x, *vectors)
-    bias = _mesh.shard_like(bias, k)
+    bias = _devices.shard_like(bias, k)
     tiny = jnp.finfo(bias.dtype).tiny
     least = jnp.where(bias == 0, 0, jnp.maximum(jnp.abs(bias) * 1e-30, tiny))
     k = jnp.where(jnp.abs(k) < least, least, k)

@@ -11,12 +11,12 @@ from jax import lax
 from jax.core import Tracer
 from jax.experimental import multihost_utils
 
-from jaxbn import _dtypes, _mesh
+from jaxbn import _devices, _dtypes
 from jaxbn._moments import moments
 
 
 @_dtypes.mixing
-def sync_stats(stats: Any, axis_name: _mesh.AxisName) -> Any:
+def sync_stats(stats: Any, axis_name: _devices.AxisName) -> Any:
     """Pools running statistics that every device has tracked for itself.
 
         mean = E[meanₖ]      var = E[varₖ] + E[|meanₖ − mean|²]      over devices k
@@ -54,7 +54,7 @@ def sync_stats(stats: Any, axis_name: _mesh.AxisName) -> Any:
     References:
       https://en.wikipedia.org/wiki/Law_of_total_variance
     """
-    _mesh.require_bound(axis_name)
+    _devices.require_bound(axis_name)
     if hasattr(stats, "_asdict"):
         return type(stats)(**sync_stats(stats._asdict(), axis_name))
     if isinstance(stats, Mapping):
@@ -118,7 +118,7 @@ def assert_replicated(tree: Any, *, stacked: bool = False) -> None:
             )
 
 
-def _pooled(stats: Mapping[str, jax.Array], axis_name: _mesh.AxisName) -> dict:
+def _pooled(stats: Mapping[str, jax.Array], axis_name: _devices.AxisName) -> dict:
     # A device that has updated nothing has the initial values, which are no data; where
     # that is all of them, their average is the initial values again.
     weight, pooled = jnp.ones(()), {}
@@ -142,7 +142,7 @@ def _pooled(stats: Mapping[str, jax.Array], axis_name: _mesh.AxisName) -> dict:
     return {name: pooled[name].astype(old.dtype) for name, old in stats.items()}
 
 
-def _pooled_std(stats: Mapping[str, jax.Array], axis_name: _mesh.AxisName) -> dict:
+def _pooled_std(stats: Mapping[str, jax.Array], axis_name: _devices.AxisName) -> dict:
     """The state of batch renormalization: pooled as variances are."""
     rest = {name: value for name, value in stats.items() if name != "std"}
     pooled = _pooled(rest | {"var": jnp.square(_dtypes.widen(stats["std"]))}, axis_name)

@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxbn import _axes, _dtypes, _kernels, _mesh, _sums
+from jaxbn import _axes, _devices, _dtypes, _kernels, _sums
+from jaxbn._kernels import GPUS, Operation
 from jaxbn._normalize import inverse_deviation, normalize, normalize_shifted
-from jaxbn._platform import GPUS, Operation
 
 GPU_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -36,8 +36,8 @@ class Static(NamedTuple):
 
     feature_axes: tuple[int, ...]
     dtype: Any
-    axis_name: _mesh.AxisName | None
-    axis_index_groups: _mesh.Groups | None
+    axis_name: _devices.AxisName | None
+    axis_index_groups: _devices.Groups | None
     kernels: _kernels.Chosen | None = None
 
 
@@ -54,7 +54,7 @@ class Given(NamedTuple):
 def rule_operands(x, scale, bias, given: Given) -> tuple:
     """The operands as a rule takes them: moments constant, and x varying as y does."""
     mean, var = map(_constant_to_first_order, (given.mean, given.var))
-    x = _mesh.vary_like(x, mean, var, scale, bias, given.weights)
+    x = _devices.vary_like(x, mean, var, scale, bias, given.weights)
     return x, scale, bias, given._replace(mean=mean, var=var)
 
 
@@ -113,7 +113,7 @@ def normalize_hidden(
     # NaN under the mask passes by the arithmetic, whose derivative would be 0 · NaN.
     hidden = _sums.hidden(x, given.weights)
     y = apply(jnp.where(hidden, 0, x))
-    return _mesh.where(hidden, x.astype(static.dtype), y)
+    return _devices.where(hidden, x.astype(static.dtype), y)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -153,12 +153,12 @@ def pull_back(static: Static, local, x, scale, bias, inv, k, given: Given):
     """
     n = given.count
     over = static.axis_name, static.axis_index_groups
-    if _mesh.same_on_all(k, x, static.axis_name):
-        total = _mesh.all_sum(local, *over)
+    if _devices.same_on_all(k, x, static.axis_name):
+        total = _devices.all_sum(local, *over)
         sum_kc, sum_kc_delta = k * total[0], (k * total[1]).real
     else:  # Scale may differ between the devices: k is summed with c.
         with_k = k * local[0], (k * local[1]).real
-        sum_kc, sum_kc_delta, *total = _mesh.all_sum((*with_k, *local), *over)
+        sum_kc, sum_kc_delta, *total = _devices.all_sum((*with_k, *local), *over)
     c0 = -_sums.over(sum_kc, n)
     # Factor by factor: inv³ overflows where the variance is next to nothing.
     c1 = -_sums.over(sum_kc_delta, n) * inv * inv
@@ -166,7 +166,7 @@ def pull_back(static: Static, local, x, scale, bias, inv, k, given: Given):
     def vector(operand, here, everywhere):
         if operand is None:
             return None
-        ct = _mesh.cotangent_like(operand, here, everywhere, static.axis_name)
+        ct = _devices.cotangent_like(operand, here, everywhere, static.axis_name)
         return as_cotangent(ct, operand)
 
     dscale = vector(scale, local[1] * inv, total[1] * inv)
@@ -199,7 +199,7 @@ def _tangent(static: Static, x, scale, given: Given, dx, dscale, dbias):
     # The transpose turns elementwise into summed and back: hence x − mean in the sum.
     delta = (x - expand(given.mean)).conj()
     sums = _sums.cotangent_sums(wdx, delta, static.feature_axes)
-    total = _mesh.all_sum(
+    total = _devices.all_sum(
         (sums[0], sums[1].real), static.axis_name, static.axis_index_groups
     )
     c0 = -k * _sums.over(total[0], n)
@@ -223,11 +223,11 @@ def _widened(static: Static, x, dx, scale, given: Given):
     expand = partial(_axes.expand, feature_axes=static.feature_axes, ndim=x.ndim)
     x, dx = _dtypes.widen(x, scale), _dtypes.widen(dx, x, scale)
     if given.weights is not None:
-        x = _mesh.where(_sums.hidden(x, given.weights), expand(given.mean), x)
+        x = _devices.where(_sums.hidden(x, given.weights), expand(given.mean), x)
     return x, dx, expand
 
 
 def as_cotangent(array: jax.Array, operand: jax.Array) -> jax.Array:
     """In the type of the operand; the real part where that is real."""
     array = array if jnp.iscomplexobj(operand) else array.real
-    return _mesh.shard_like(array.astype(operand.dtype), operand)
+    return _devices.shard_like(array.astype(operand.dtype), operand)

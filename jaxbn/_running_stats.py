@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxbn import _axes, _dtypes, _mesh
+from jaxbn import _axes, _devices, _dtypes
 from jaxbn._moments import Moments
 
 Momentum = ArrayLike | Callable[[jax.Array], ArrayLike]
@@ -114,7 +114,7 @@ def update(
     n = moments.count
     var = moments.var
     if unbiased:
-        var = _mesh.where(n > 1, var * (n / jnp.where(n > 1, n - 1, 1)), var)
+        var = _devices.where(n > 1, var * (n / jnp.where(n > 1, n - 1, 1)), var)
 
     mean = blended(stats.mean, moments.mean, keep, n)
     return stepped(stats, mean, blended(stats.var, var, keep, n), 1 - keep, n)
@@ -128,7 +128,7 @@ def stepped(
     count: jax.Array,
 ) -> RunningStats:
     """Statistics after a step to `mean` and `var`, in which the batch has a share."""
-    had_weight = _mesh.any_feature(count > 0, stats.mean, stats.step)
+    had_weight = _devices.any_feature(count > 0, stats.mean, stats.step)
     step = stats.step + had_weight.astype(stats.step.dtype)
     mean, var = _stored(stats.mean, mean, share), _stored(stats.var, var, share)
     return RunningStats(mean, var, step)
@@ -141,14 +141,14 @@ def _stored(old: jax.Array, new: jax.Array, share: jax.Array) -> jax.Array:
     next number, long before the batch's own value is reached.
     """
     # In a loop, the new ones take the place of the old: of one type, sharding included.
-    stored = _mesh.shard_like(new.astype(old.dtype), old)
+    stored = _devices.shard_like(new.astype(old.dtype), old)
     if jnp.finfo(old.dtype).bits >= 32:
         return stored
     wide = _dtypes.widen(old)
     goal = wide + (new - wide) / jnp.where(share > 0, share, 1)
     onward = jnp.nextafter(old, goal.astype(old.dtype))
-    onward = _mesh.shard_like(onward, old)
-    missed = _mesh.shard_like((stored == old) & (new != wide), old)
+    onward = _devices.shard_like(onward, old)
+    missed = _devices.shard_like((stored == old) & (new != wide), old)
     return jnp.where(missed, onward, stored)
 
 
@@ -160,7 +160,7 @@ def blended(
     # The two must sum to exactly 1, or errors of one sign pile up over the steps.
     own = jnp.asarray(keep, _dtypes.accumulation(old.dtype))
     mixed = own * old + (1 - own) * new
-    return _mesh.where(count > 0, mixed, old)
+    return _devices.where(count > 0, mixed, old)
 
 
 def old_weight(stats: RunningStats, momentum: Momentum) -> jax.Array:

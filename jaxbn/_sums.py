@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbn import _axes, _dtypes, _mesh
+from jaxbn import _axes, _devices, _dtypes
 
 FeatureAxes = tuple[int, ...]
 INT32_MAX = 2**31 - 1
@@ -131,7 +131,7 @@ def over(total: jax.Array, count: jax.Array) -> jax.Array:
 
 def select(x: jax.Array, weights: jax.Array | None, replacement) -> jax.Array:
     """x, and `replacement` where the weight is 0."""
-    return x if weights is None else _mesh.where(_present(weights), x, replacement)
+    return x if weights is None else _devices.where(_present(weights), x, replacement)
 
 
 def times(x: jax.Array, weights: jax.Array | None) -> jax.Array:

@@ -25,7 +25,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
-from jaxbn import _kernels
+from jaxbn._kernels import sums as kernels
 
 pytest.importorskip("jaxbn_cpu", reason="needs jaxbn-cpu: `pip install ./native`")
 
@@ -552,8 +552,8 @@ def test_kernels_that_cannot_be_loaded_leave_it_to_xla(monkeypatch):
     def fail(name):
         raise OSError("no such symbol")
 
-    monkeypatch.setattr(_kernels.importlib, "import_module", fail)
-    _kernels._missing.cache_clear()
+    monkeypatch.setattr(kernels.importlib, "import_module", fail)
+    kernels._missing.cache_clear()
     try:
         x = numbers((5, 3), "float32")
         with pytest.warns(UserWarning, match="cannot be loaded: no such symbol"):
@@ -561,4 +561,4 @@ def test_kernels_that_cannot_be_loaded_leave_it_to_xla(monkeypatch):
         with pytest.raises(ValueError, match="no such symbol"):
             jaxbn.moments(x, implementation="cpu")
     finally:
-        _kernels._missing.cache_clear()
+        kernels._missing.cache_clear()

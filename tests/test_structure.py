@@ -14,17 +14,18 @@ ROOT = pathlib.Path(jaxbn.__file__).parent
 
 # A file imports from floors below its own only, or from its own package.
 FLOORS = [
-    {"_dtypes", "_mesh", "_platform"},
+    {"_compat", "_dtypes"},
     {"_axes"},
-    {"_sums", "_spread"},
+    {"_devices"},
+    {"_sums"},
     {"_kernels"},
     {"_moments", "_normalize"},
     {"_rules"},
-    {"_batch_norm", "_in_place"},
+    {"_batch_norm"},
     {"_running_stats"},
     {"_replicated"},
     {"layers"},
-    {"_flax_fields", "_recording", "_module_stats", "_static"},
+    {"_flax"},
     {"linen", "nnx", "population", "folding", "interop"},
 ]
 LEVEL = {name: level for level, floor in enumerate(FLOORS) for name in floor}

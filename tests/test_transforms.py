@@ -9,7 +9,7 @@ import pytest
 from data import assert_close, numbers
 
 import jaxbn
-from jaxbn import _platform
+from jaxbn._kernels import operation
 
 FORMS = ("vjp", "jvp")
 
@@ -128,7 +128,7 @@ def test_what_is_traced_lives_as_long_as_jax_keeps_its_programs():
 
     def own():
         """Forms of arrays that no other test has."""
-        avals = [aval for _, _, avals, _ in _platform._forms for aval in avals]
+        avals = [aval for _, _, avals, _ in operation._forms for aval in avals]
         return sum(aval.shape[-1:] == (11,) for aval in avals)
 
     for _ in range(2):
@@ -144,7 +144,7 @@ def test_what_is_traced_lives_as_long_as_jax_keeps_its_programs():
 def test_without_jit_nothing_is_traced_again():
     step = jax.grad(lambda x: jaxbn.batch_norm(x)[0].sum())
     step(jnp.ones((7, 3)))
-    before = dict(_platform._forms)
+    before = dict(operation._forms)
     step(jnp.ones((7, 3)))
-    assert all(_platform._forms[key] is form for key, form in before.items())
-    assert len(_platform._forms) == len(before)
+    assert all(operation._forms[key] is form for key, form in before.items())
+    assert len(operation._forms) == len(before)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxbn import _module_stats
+from jaxbn._flax import model_stats
 from jaxbn._running_stats import RunningStats
 from jaxbn.interop import _checkpoint, _checks, _trees
 from jaxbn.interop._checkpoint import Arrays, Converted, Params
@@ -142,14 +142,14 @@ def batch_norms(
     linen = "batch_stats" in variables
     stats = _at(variables, ("batch_stats",)) if linen else variables
     found = {}
-    for path, own in _module_stats.paths_of_layers(stats):
+    for path, own in model_stats.paths_of_layers(stats):
         arrays = {**_at(variables, ("params", *path)), **own} if linen else own
         # Linen lets a module have submodules beside its variables.
         arrays = {k: v for k, v in arrays.items() if not isinstance(v, Mapping)}
         name = "/".join(map(str, path))
         found[name] = _to_jaxbn(arrays, name and f"{name}/")
     if not found:
-        raise ValueError(_module_stats.NO_LAYERS.format("`variables`", "flax"))
+        raise ValueError(model_stats.NO_LAYERS.format("`variables`", "flax"))
     return found
 
 

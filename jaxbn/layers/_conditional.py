@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxbn import _axes, _dtypes, _mesh
+from jaxbn import _axes, _devices, _dtypes
 from jaxbn._batch_norm import batch_norm
 from jaxbn._moments import Moments, moments
 from jaxbn._normalize import normalize
@@ -32,8 +32,8 @@ def conditional(
     use_bias: bool = True,
     use_fast_variance: bool = True,
     unbiased: bool = False,
-    axis_name: _mesh.AxisName | None = None,
-    axis_index_groups: _mesh.Groups | None = None,
+    axis_name: _devices.AxisName | None = None,
+    axis_index_groups: _devices.Groups | None = None,
     dtype: DTypeLike | None = None,
     param_dtype: DTypeLike = jnp.float32,
     stats_dtype: DTypeLike = jnp.float32,
@@ -116,7 +116,7 @@ def conditional(
         axes = _axes.canonical(feature_axes, x.ndim)
         if by_class:
             ids = example_ids("condition", condition, x, axes)
-            of_each = {name: _mesh.take_rows(params[name], ids) for name in names}
+            of_each = {name: _devices.take_rows(params[name], ids) for name in names}
         else:
             e = _embeddings(condition, x, axes, size)
             of_each = {

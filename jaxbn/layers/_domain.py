@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxbn import _axes, _mesh
+from jaxbn import _axes, _devices
 from jaxbn._batch_norm import normalize_given
 from jaxbn._moments import Moments, merge_moments
 from jaxbn._running_stats import Momentum, RunningStats, init_stats, update
@@ -27,7 +27,7 @@ def domain(
     use_bias: bool = True,
     use_fast_variance: bool = True,
     unbiased: bool = False,
-    axis_name: _mesh.AxisName | None = None,
+    axis_name: _devices.AxisName | None = None,
     dtype: DTypeLike | None = None,
     param_dtype: DTypeLike = jnp.float32,
     stats_dtype: DTypeLike = jnp.float32,
@@ -166,7 +166,7 @@ def _of_domains(
     ids: jax.Array,
     num_domains: int,
     mean: jax.Array | None,
-    axis_name: _mesh.AxisName | None,
+    axis_name: _devices.AxisName | None,
 ) -> Moments:
     """Moments of examples, pooled for each domain; about its running `mean`, if any."""
     own = jnp.expand_dims(ids, 0) == jnp.arange(num_domains).reshape(-1, 1)
@@ -181,4 +181,4 @@ def _of_domains(
 
 def _of_each(table: Any, ids: jax.Array) -> Any:
     """A row for each example; None stays None."""
-    return table if table is None else _mesh.take_rows(table, ids)
+    return table if table is None else _devices.take_rows(table, ids)

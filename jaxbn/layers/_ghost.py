@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from jaxbn import _axes, _dtypes, _kernels, _mesh
+from jaxbn import _axes, _devices, _dtypes, _kernels
 from jaxbn._batch_norm import batch_norm
 from jaxbn._moments import Moments, merge_moments, moments
 from jaxbn._normalize import normalize
@@ -28,7 +28,7 @@ def ghost(
     use_bias: bool = True,
     use_fast_variance: bool = True,
     unbiased: bool = False,
-    axis_name: _mesh.AxisName | None = None,
+    axis_name: _devices.AxisName | None = None,
     dtype: DTypeLike | None = None,
     param_dtype: DTypeLike = jnp.float32,
     stats_dtype: DTypeLike = jnp.float32,
@@ -123,7 +123,7 @@ def ghost(
             near = use_fast_variance and not _kernels.choose(*by)
             shift = state.mean if near else None
             m = merge_moments(m, shift=shift, axis_name=over)
-        return _mesh.reshape_like(y, x), m
+        return _devices.reshape_like(y, x), m
 
     def infer(params, state: RunningStats, x, weights):
         return normalize(
@@ -163,8 +163,8 @@ def ghost(
 
 
 def _of_all_groups(
-    m: Moments, groups: Partition, axis_name: _mesh.AxisName | None, *, gather: bool
-) -> tuple[Moments, _mesh.AxisName | None]:
+    m: Moments, groups: Partition, axis_name: _devices.AxisName | None, *, gather: bool
+) -> tuple[Moments, _devices.AxisName | None]:
     """Moments with the groups first, and the axis that the rest of them are along."""
     mean, var = (jnp.moveaxis(v, groups.place, 0) for v in (m.mean, m.var))
     if m.count.ndim == 0:
@@ -176,11 +176,11 @@ def _of_all_groups(
     if axis_name is None or summed:
         return m, None
     if gather:
-        m = Moments(*_mesh.gather(m, axis_name))
+        m = Moments(*_devices.gather(m, axis_name))
         owners = jnp.asarray(groups.owners)
         return jax.tree.map(lambda a: jnp.concatenate(a[owners]), m), None
     # Groups that several devices share are summed over as often.
-    copies = _mesh.axis_size(axis_name) // len(groups.owners)
+    copies = _devices.axis_size(axis_name) // len(groups.owners)
     return m._replace(count=count / copies), axis_name
 
 
@@ -190,5 +190,5 @@ def _updated_in_turn(
     def step(state, m):
         return update(state, m, momentum=momentum, unbiased=unbiased), None
 
-    m = jax.tree.map(_mesh.whole_along_first, lax.stop_gradient(m))
+    m = jax.tree.map(_devices.whole_along_first, lax.stop_gradient(m))
     return lax.scan(step, state, m)[0]

@@ -5,13 +5,13 @@ from typing import Any
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxbn import _axes, _dtypes, _mesh
+from jaxbn import _axes, _devices, _dtypes
 from jaxbn._batch_norm import checked_operands
-from jaxbn._in_place import Activation, Static, in_place_form
 from jaxbn._moments import Moments, moments
 from jaxbn._normalize import normalize
 from jaxbn._rules import rule_operands
 from jaxbn._running_stats import Momentum, RunningStats, update
+from jaxbn.layers._in_place_rule import Activation, Static, in_place_form
 from jaxbn.layers._layer import Layer, compose, factory, init_of
 
 ACTIVATIONS = ("leaky_relu", "elu", "identity")
@@ -29,8 +29,8 @@ def in_place(
     use_bias: bool = True,
     use_fast_variance: bool = True,
     unbiased: bool = False,
-    axis_name: _mesh.AxisName | None = None,
-    axis_index_groups: _mesh.Groups | None = None,
+    axis_name: _devices.AxisName | None = None,
+    axis_index_groups: _devices.Groups | None = None,
     dtype: DTypeLike | None = None,
     param_dtype: DTypeLike = jnp.float32,
     stats_dtype: DTypeLike = jnp.float32,

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxbn import _dtypes, _mesh
+from jaxbn import _devices, _dtypes
 from jaxbn._moments import Moments, merge_moments
 from jaxbn._running_stats import RunningStats
 
@@ -31,7 +31,7 @@ def mixture(stats: RunningStats, m: Moments, weight: ArrayLike) -> Moments:
     def stacked(running, new) -> jax.Array:
         new = _dtypes.widen(new, running)
         running = jnp.broadcast_to(running, new.shape).astype(new.dtype)
-        return _mesh.stack(running, new)
+        return _devices.stack(running, new)
 
     own = jnp.broadcast_to(own, m.mean.shape)
     counts = jnp.stack([1 - own, own])

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxbn import _axes, _mesh
+from jaxbn import _axes, _devices
 
 
 class Partition(NamedTuple):
@@ -25,7 +25,7 @@ class Partition(NamedTuple):
     sizes: tuple[int, int]
     feature_axes: tuple[int, ...]
     place: int
-    axis_name: _mesh.AxisName | None
+    axis_name: _devices.AxisName | None
     axis_index_groups: tuple[tuple[int, ...], ...] | None
     owners: tuple[int, ...]
 
@@ -33,13 +33,15 @@ class Partition(NamedTuple):
         """`array`, aligned with x, with its examples in groups."""
         if array.shape[self.batch] == 1 != self.sizes[0] * self.sizes[1]:
             return jnp.expand_dims(array, self.batch)
-        return _mesh.split_axis(array, self.batch, self.sizes)
+        return _devices.split_axis(array, self.batch, self.sizes)
 
     def repeat(self, vector: jax.Array | None, x: jax.Array) -> jax.Array | None:
         """A feature vector, once for each group of `x`, which is split."""
         if vector is None:
             return None
-        return _mesh.repeat_along(vector, self.place, x, self.feature_axes[self.place])
+        return _devices.repeat_along(
+            vector, self.place, x, self.feature_axes[self.place]
+        )
 
 
 def partition(
@@ -48,11 +50,11 @@ def partition(
     option: tuple[str, int],
     *,
     strided: bool,
-    axis_name: _mesh.AxisName | None,
+    axis_name: _devices.AxisName | None,
 ) -> Partition:
     """The groups of a batch of which this device has `x`."""
     batch = _axes.batch_axis(feature_axes, x)
-    local, devices = x.shape[batch], _mesh.axis_size(axis_name)
+    local, devices = x.shape[batch], _devices.axis_size(axis_name)
     shared = _shared(local, devices, option, strided)
     if shared is None:
         name, value = option

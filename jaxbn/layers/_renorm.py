@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxbn import _axes, _dtypes, _mesh
+from jaxbn import _axes, _devices, _dtypes
 from jaxbn._batch_norm import normalize_batch
 from jaxbn._moments import Moments, moments
 from jaxbn._normalize import normalize
@@ -50,8 +50,8 @@ def renorm(
     use_scale: bool = True,
     use_bias: bool = True,
     use_fast_variance: bool = True,
-    axis_name: _mesh.AxisName | None = None,
-    axis_index_groups: _mesh.Groups | None = None,
+    axis_name: _devices.AxisName | None = None,
+    axis_index_groups: _devices.Groups | None = None,
     dtype: DTypeLike | None = None,
     param_dtype: DTypeLike = jnp.float32,
     stats_dtype: DTypeLike = jnp.float32,

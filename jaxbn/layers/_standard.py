@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from jaxbn import _axes, _dtypes, _mesh
+from jaxbn import _axes, _devices, _dtypes
 from jaxbn._batch_norm import batch_norm, normalize_given
 from jaxbn._moments import Moments, moments
 from jaxbn._normalize import normalize
@@ -26,8 +26,8 @@ def standard(
     unbiased: bool = False,
     example_weight: float = 0.0,
     pseudo_samples: float | None = None,
-    axis_name: _mesh.AxisName | None = None,
-    axis_index_groups: _mesh.Groups | None = None,
+    axis_name: _devices.AxisName | None = None,
+    axis_index_groups: _devices.Groups | None = None,
     dtype: DTypeLike | None = None,
     param_dtype: DTypeLike = jnp.float32,
     stats_dtype: DTypeLike = jnp.float32,

@@ -6,7 +6,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
-from jaxbn import _axes, _mesh
+from jaxbn import _axes, _devices
 from jaxbn._batch_norm import normalize_given
 from jaxbn._moments import Moments, moments
 from jaxbn._normalize import normalize
@@ -29,8 +29,8 @@ def streaming(
     epsilon: float = 1e-5,
     use_scale: bool = True,
     use_bias: bool = True,
-    axis_name: _mesh.AxisName | None = None,
-    axis_index_groups: _mesh.Groups | None = None,
+    axis_name: _devices.AxisName | None = None,
+    axis_index_groups: _devices.Groups | None = None,
     dtype: DTypeLike | None = None,
     param_dtype: DTypeLike = jnp.float32,
     stats_dtype: DTypeLike = jnp.float32,

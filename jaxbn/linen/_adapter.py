@@ -10,7 +10,8 @@ from flax.core.scope import DenyList
 from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 
-from jaxbn import _axes, _dtypes, _flax_fields, _mesh, _recording, layers
+from jaxbn import _axes, _devices, _dtypes, layers
+from jaxbn._flax import fields, recording
 from jaxbn._running_stats import Momentum
 
 NO_WINDOW = (
@@ -26,7 +27,7 @@ class Adapter(nn.Module):
     """Holds the variables of a layer and calls it."""
 
     def __init_subclass__(cls, **options: Any):
-        _flax_fields.name_call(cls)
+        fields.name_call(cls)
         super().__init_subclass__(**options)
 
     @nn.compact
@@ -83,10 +84,10 @@ class Adapter(nn.Module):
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
-        training = _flax_fields.is_training(use_running_average)
+        training = fields.is_training(use_running_average)
         initializing = self.is_initializing()
-        given, x = x, _flax_fields.as_inexact(x)
-        axes = _flax_fields.feature_axes(self.axis, x.ndim)
+        given, x = x, fields.as_inexact(x)
+        axes = fields.feature_axes(self.axis, x.ndim)
         dtype = self._stats_dtype()
         if jnp.iscomplexobj(x):
             dtype = _dtypes.complex_like(dtype)
@@ -97,20 +98,20 @@ class Adapter(nn.Module):
         stats = self._stats(plan, features, state, training)
         record = self._record(stats, training)
         mean = stats["mean"].value
-        _flax_fields.require_features("batch_stats", mean, state.mean, x, axes)
-        x = _flax_fields.like_mean(x, mean, "Initialize with a complex `x`.")
-        _flax_fields.require_mask(mask, x)
+        fields.require_features("batch_stats", mean, state.mean, x, axes)
+        x = fields.like_mean(x, mean, "Initialize with a complex `x`.")
+        fields.require_mask(mask, x)
         params = {
             name: self.param(name, self._initializer(name), like.shape, like.dtype)
             for name, like in sorted(params.items(), reverse=True)  # as in Flax
         }
         like = x if jnp.iscomplexobj(x) else given
         alone = {"axis_name": None} if initializing else {}
-        out = _flax_fields.output_dtype(like, *params.values(), dtype=self.dtype)
+        out = fields.output_dtype(like, *params.values(), dtype=self.dtype)
         measuring = self._is_measuring()
-        y, new, recorded = _recording.run(
+        y, new, recorded = recording.run(
             self._layer(feature_axes=axes, dtype=out, exact=measuring, **alone),
-            partial(_flax_fields.state, type(state), like=state),
+            partial(fields.state, type(state), like=state),
             params,
             {name: jnp.asarray(v.value) for name, v in stats.items()},
             record and {name: variable.value for name, variable in record.items()},
@@ -146,23 +147,23 @@ class Adapter(nn.Module):
     def _record(self, stats: dict, training: bool) -> dict | None:
         """The variables of `batch_moments`; None where nothing is to be recorded."""
         accumulate: bool = self.accumulate  # type: ignore  (a field of every module)
-        initializing, recording = self.is_initializing(), self._is_recording()
-        window = self.has_variable("batch_moments", _recording.START + "mean")
+        initializing, wanted = self.is_initializing(), self._is_recording()
+        window = self.has_variable("batch_moments", recording.START + "mean")
         values = {name: v.value for name, v in stats.items()}
         if initializing and accumulate:
             if not self.is_mutable_collection("batch_moments"):
                 raise ValueError(NO_WINDOW)
-            self._variables("batch_moments", _recording.empty_window(values))
+            self._variables("batch_moments", recording.empty_window(values))
             return None
         if accumulate and training:
             # Either there is a window, or nothing but moments are wanted.
-            if not recording or window == self._is_measuring():
+            if not wanted or window == self._is_measuring():
                 raise ValueError(NO_WINDOW)
             if window:
-                return self._variables("batch_moments", _recording.empty_window(values))
-        if initializing or window or not recording:
+                return self._variables("batch_moments", recording.empty_window(values))
+        if initializing or window or not wanted:
             return None
-        return self._variables("batch_moments", _recording.empty(values["mean"]))
+        return self._variables("batch_moments", recording.empty(values["mean"]))
 
     @nn.nowrap
     def _variables(self, collection: str, initial: dict) -> dict:
@@ -225,14 +226,14 @@ class Variant(Adapter):
     use_scale: bool = True
     bias_init: Initializer = nn.initializers.zeros
     scale_init: Initializer = nn.initializers.ones
-    axis_name: _mesh.AxisName | None = None
+    axis_name: _devices.AxisName | None = None
     accumulate: bool = False
     implementation: str | None = None
 
     def __post_init__(self):
         """Makes the fields hashable."""
         groups = getattr(self, "axis_index_groups", None)
-        self.axis, self.axis_name, groups = _flax_fields.hashable(
+        self.axis, self.axis_name, groups = fields.hashable(
             self.axis, self.axis_name, groups
         )
         if groups is not None:

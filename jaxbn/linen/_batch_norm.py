@@ -5,7 +5,8 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jaxbn import _flax_fields, layers
+from jaxbn import layers
+from jaxbn._flax import fields
 from jaxbn._running_stats import Momentum
 from jaxbn.linen._adapter import Adapter
 
@@ -87,14 +88,14 @@ class BatchNorm(Adapter, nn.BatchNorm):
 
     def __post_init__(self):
         """Makes the fields hashable."""
-        self.axis, self.axis_name, self.axis_index_groups = _flax_fields.hashable(
+        self.axis, self.axis_name, self.axis_index_groups = fields.hashable(
             self.axis, self.axis_name, self.axis_index_groups
         )
         super().__post_init__()
 
     @nn.nowrap
     def _layer(self, **given: Any) -> layers.Layer:
-        return _flax_fields.layer(layers.standard, self, **given)
+        return fields.layer(layers.standard, self, **given)
 
     @nn.nowrap
     def _stats_dtype(self) -> Any:

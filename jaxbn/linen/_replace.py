@@ -10,7 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from jaxbn import _flax_fields
+from jaxbn._flax import fields
 from jaxbn.linen._batch_norm import BatchNorm
 
 # What the call says, and what decides which variables there are.
@@ -252,7 +252,7 @@ def _checked(overrides: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
             f"These are: {sorted(FIELDS)}."
         )
     lists = ("axis", "axis_name", "axis_index_groups")
-    hashable = _flax_fields.hashable(*(overrides.get(name) for name in lists))
+    hashable = fields.hashable(*(overrides.get(name) for name in lists))
     given = {n: v for n, v in zip(lists, hashable, strict=True) if n in overrides}
     for name, value in (made := {**overrides, **given}).items():
         try:

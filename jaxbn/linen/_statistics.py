@@ -10,7 +10,7 @@ import numpy as np
 from flax.core import FrozenDict, freeze
 from flax.errors import ModifyScopeVariableError
 
-from jaxbn import _module_stats, _recording, _static
+from jaxbn._flax import calls, model_stats, recording
 from jaxbn._moments import Moments
 from jaxbn._running_stats import RunningStats
 
@@ -50,7 +50,7 @@ def running_stats(variables: Variables) -> dict[str, RunningStats]:
       https://flax-linen.readthedocs.io/en/latest/guides/training_techniques/batch_norm.html
     """
     layers = _layers_of(variables)
-    return {path: _module_stats.as_running_stats(v) for path, v in layers.items()}
+    return {path: model_stats.as_running_stats(v) for path, v in layers.items()}
 
 
 def load_stats(variables: Variables, stats: Mapping[str, RunningStats]) -> dict:
@@ -85,10 +85,10 @@ def load_stats(variables: Variables, stats: Mapping[str, RunningStats]) -> dict:
       https://flax-linen.readthedocs.io/en/latest/guides/training_techniques/batch_norm.html
     """
     own = _layers_of(variables)
-    _module_stats.require_same_layers(stats, own)
+    model_stats.require_same_layers(stats, own)
     batch_stats = variables["batch_stats"]
     for path, old in own.items():
-        new = _module_stats.replaced(path, old, stats[path])
+        new = model_stats.replaced(path, old, stats[path])
         batch_stats = _with(batch_stats, path, new)
     loaded = {**variables, "batch_stats": batch_stats}
     if _windows(variables):
@@ -140,21 +140,21 @@ def moments_fn(
     """
     _layers_of(variables)
     given = {name: v for name, v in variables.items() if name != "batch_moments"}
-    static, traced = _static.static_and_traced(call)
-    measure = _static.compiled(_measure, model, static)
-    return _static.Repeated(partial(measure, traced, given), np.uint32(0))
+    static, traced = calls.static_and_traced(call)
+    measure = calls.compiled(_measure, model, static)
+    return calls.Repeated(partial(measure, traced, given), np.uint32(0))
 
 
 def _measure(
     model: nn.Module,
-    static: _static.Static,
+    static: calls.Static,
     traced: list,
     variables: Variables,
     number: jax.Array,
     batch: Any,
 ) -> tuple[dict[str, Moments], jax.Array]:
     """The moments in the call of this number, and the next number."""
-    call = _static.together(static, traced)
+    call = calls.together(static, traced)
     if "rngs" in call:
         fold = lambda key: jax.random.fold_in(key, number)  # noqa: E731
         call["rngs"] = jax.tree.map(fold, call["rngs"])
@@ -162,14 +162,14 @@ def _measure(
     # Every layer has a record from the start, as `nn.cond` and `nn.scan` want it.
     empty = variables["batch_stats"]
     for path, stats in layers.items():
-        empty = _with(empty, path, _recording.empty(stats["mean"]))
+        empty = _with(empty, path, recording.empty(stats["mean"]))
     empty = {**variables, "batch_moments": _only_records(empty)}
     try:
         _, new = model.apply(empty, batch, mutable=["batch_moments"], **call)
     except ModifyScopeVariableError as error:
         raise ValueError(NOT_OURS.format(error)) from error
-    found = dict(_module_stats.layers_of(new["batch_moments"]))
-    before = dict(_module_stats.layers_of(empty["batch_moments"]))
+    found = dict(model_stats.layers_of(new["batch_moments"]))
+    before = dict(model_stats.layers_of(empty["batch_moments"]))
     if all(found[path]["count"] is before[path]["count"] for path in layers):
         raise ValueError(
             "No layer of the model recorded moments: none that ran is a batch norm of "
@@ -177,7 +177,7 @@ def _measure(
             "collection `batch_moments` as they do `batch_stats`. Build the model with "
             "`jaxbn.linen.BatchNorm`."
         )
-    return {path: _recording.moments_of(found[path]) for path in layers}, number + 1
+    return {path: recording.moments_of(found[path]) for path in layers}, number + 1
 
 
 def commit(variables: Variables) -> dict:
@@ -222,27 +222,27 @@ def commit(variables: Variables) -> dict:
         )
     tree = variables["batch_moments"]
     for path, record in windows.items():
-        tree = _with(tree, path, _recording.closed(record))
+        tree = _with(tree, path, recording.closed(record))
     return _like(variables, {**variables, "batch_moments": tree})
 
 
 def _windows(variables: Variables) -> dict[str, Mapping]:
-    found = _module_stats.layers_of(variables.get("batch_moments", {}))
-    return {path: record for path, record in found if _recording.is_window(record)}
+    found = model_stats.layers_of(variables.get("batch_moments", {}))
+    return {path: record for path, record in found if recording.is_window(record)}
 
 
 def _layers_of(variables: Variables) -> dict[str, Mapping]:
-    found = dict(_module_stats.layers_of(variables.get("batch_stats", {})))
+    found = dict(model_stats.layers_of(variables.get("batch_stats", {})))
     if not found:
-        raise ValueError(_module_stats.NO_LAYERS.format("`variables`", "jaxbn.linen"))
+        raise ValueError(model_stats.NO_LAYERS.format("`variables`", "jaxbn.linen"))
     return found
 
 
 def _only_records(tree: Mapping) -> dict:
     """The tree without what else is in its dicts."""
     parts = {k: _only_records(v) for k, v in tree.items() if isinstance(v, Mapping)}
-    arrays = {k: v for k, v in tree.items() if k in _recording.FIELDS}
-    return (arrays if len(arrays) == len(_recording.FIELDS) else {}) | parts
+    arrays = {k: v for k, v in tree.items() if k in recording.FIELDS}
+    return (arrays if len(arrays) == len(recording.FIELDS) else {}) | parts
 
 
 def _with(tree: Mapping, path: str, leaf: Mapping) -> Any:

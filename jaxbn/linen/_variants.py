@@ -7,7 +7,8 @@ import jax
 from flax.typing import Initializer
 from jax.typing import ArrayLike
 
-from jaxbn import _flax_fields, _mesh, layers
+from jaxbn import _devices, layers
+from jaxbn._flax import fields
 from jaxbn.layers._renorm import Limit
 from jaxbn.linen._adapter import Variant
 
@@ -53,7 +54,7 @@ class GhostBatchNorm(Variant):
     @nn.nowrap
     def _layer(self, **given: Any) -> layers.Layer:
         make = layers.standard if self.is_initializing() else layers.ghost
-        return _flax_fields.layer(make, self, **given)
+        return fields.layer(make, self, **given)
 
 
 class BatchRenorm(Variant):
@@ -86,12 +87,12 @@ class BatchRenorm(Variant):
     r_max: Limit = 3.0
     d_max: Limit = 5.0
     use_fast_variance: bool = True
-    axis_index_groups: _mesh.Groups | None = None
+    axis_index_groups: _devices.Groups | None = None
     derivatives: str = "vjp"
 
     @nn.nowrap
     def _layer(self, **given: Any) -> layers.Layer:
-        return _flax_fields.layer(layers.renorm, self, **given)
+        return fields.layer(layers.renorm, self, **given)
 
     @nn.nowrap
     def _of_the_step(self) -> tuple:
@@ -142,7 +143,7 @@ class DomainBatchNorm(Variant):
 
     @nn.nowrap
     def _layer(self, **given: Any) -> layers.Layer:
-        return _flax_fields.layer(layers.domain, self, **given)
+        return fields.layer(layers.domain, self, **given)
 
 
 class ConditionalBatchNorm(Variant):
@@ -176,7 +177,7 @@ class ConditionalBatchNorm(Variant):
     kernel_init: Initializer = nn.initializers.zeros
     use_fast_variance: bool = True
     unbiased: bool = False
-    axis_index_groups: _mesh.Groups | None = None
+    axis_index_groups: _devices.Groups | None = None
 
     @nn.compact
     def __call__(
@@ -192,7 +193,7 @@ class ConditionalBatchNorm(Variant):
 
     @nn.nowrap
     def _layer(self, **given: Any) -> layers.Layer:
-        return _flax_fields.layer(layers.conditional, self, **given)
+        return fields.layer(layers.conditional, self, **given)
 
 
 class StreamingBatchNorm(Variant):
@@ -217,11 +218,11 @@ class StreamingBatchNorm(Variant):
       Chiley et al., "Online Normalization for Training Neural Networks" (2019).
     """
 
-    axis_index_groups: _mesh.Groups | None = None
+    axis_index_groups: _devices.Groups | None = None
 
     @nn.nowrap
     def _layer(self, **given: Any) -> layers.Layer:
-        return _flax_fields.layer(layers.streaming, self, **given)
+        return fields.layer(layers.streaming, self, **given)
 
     @nn.nowrap
     def _of_the_step(self) -> tuple:
@@ -257,8 +258,8 @@ class InPlaceBatchNorm(Variant):
     negative_slope: float = 0.01
     use_fast_variance: bool = True
     unbiased: bool = False
-    axis_index_groups: _mesh.Groups | None = None
+    axis_index_groups: _devices.Groups | None = None
 
     @nn.nowrap
     def _layer(self, **given: Any) -> layers.Layer:
-        return _flax_fields.layer(layers.in_place, self, **given)
+        return fields.layer(layers.in_place, self, **given)

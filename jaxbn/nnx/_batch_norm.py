@@ -14,7 +14,8 @@ from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from jax.typing import ArrayLike
 
-from jaxbn import _axes, _flax_fields, _mesh, _recording, layers
+from jaxbn import _axes, _devices, layers
+from jaxbn._flax import fields, recording
 from jaxbn._running_stats import Momentum, RunningStats, init_stats
 from jaxbn.nnx._variant import is_training, recorder, run, statistics
 
@@ -96,8 +97,8 @@ class BatchNorm(nnx.BatchNorm):
         use_scale: bool = True,
         bias_init: Initializer = nnx.initializers.zeros,
         scale_init: Initializer = nnx.initializers.ones,
-        axis_name: _mesh.AxisName | None = None,
-        axis_index_groups: _mesh.Groups | None = None,
+        axis_name: _devices.AxisName | None = None,
+        axis_index_groups: _devices.Groups | None = None,
         use_fast_variance: bool = True,
         promote_dtype: PromoteDtypeFn = promote_dtype,
         rngs: nnx.Rngs,
@@ -111,7 +112,7 @@ class BatchNorm(nnx.BatchNorm):
         accumulate: bool = False,
     ):
         features = _axes.shape(num_features, "num_features")
-        axis, axis_name, axis_index_groups = _flax_fields.hashable(
+        axis, axis_name, axis_index_groups = fields.hashable(
             axis, axis_name, axis_index_groups
         )
 
@@ -150,10 +151,10 @@ class BatchNorm(nnx.BatchNorm):
         self.mean, self.var = nnx.BatchStat(stats.mean), nnx.BatchStat(stats.var)
         self.step = nnx.BatchStat(stats.step) if callable(momentum) else nnx.data(None)
         self.batch_moments = nnx.data(None)
-        _flax_fields.layer(layers.standard, self)  # Refuses wrong options.
+        fields.layer(layers.standard, self)  # Refuses wrong options.
         if accumulate:
             kept = {name: variable[...] for name, variable in statistics(self).items()}
-            self.batch_moments = recorder(_recording.empty_window(kept))
+            self.batch_moments = recorder(recording.empty_window(kept))
 
     def __call__(
         self,
@@ -176,17 +177,17 @@ class BatchNorm(nnx.BatchNorm):
         """
         training = is_training(self, use_running_average)
         if callable(self.momentum) and self.step is None:
-            raise ValueError(_flax_fields.LATE_MOMENTUM)
-        x = _flax_fields.as_inexact(x)
-        axes = _flax_fields.feature_axes(self.axis, x.ndim)
+            raise ValueError(fields.LATE_MOMENTUM)
+        x = fields.as_inexact(x)
+        axes = fields.feature_axes(self.axis, x.ndim)
         features = _axes.lengths(x, axes)
         expected = jax.eval_shape(lambda: init_stats(features))
         mean = self.mean[...]
-        _flax_fields.require_features("num_features", mean, expected.mean, x, axes)
+        fields.require_features("num_features", mean, expected.mean, x, axes)
         x, scale, bias, dtype = self._promoted(x)
-        _flax_fields.require_mask(mask, x)
+        fields.require_mask(mask, x)
 
-        layer = _flax_fields.layer(
+        layer = fields.layer(
             layers.standard,
             self,
             feature_axes=axes,
@@ -197,8 +198,8 @@ class BatchNorm(nnx.BatchNorm):
         return run(
             self,
             layer,
-            partial(_flax_fields.state, RunningStats, like=expected),
-            _flax_fields.as_dict(scale=scale, bias=bias),
+            partial(fields.state, RunningStats, like=expected),
+            fields.as_dict(scale=scale, bias=bias),
             x,
             training=training,
             weights=mask,
@@ -207,16 +208,16 @@ class BatchNorm(nnx.BatchNorm):
     def _promoted(self, x: jax.Array):
         """x, scale and bias as `promote_dtype` has them, and the output's dtype."""
         remedy = "Make the module with `param_dtype=jnp.complex64`."
-        x = _flax_fields.like_mean(x, self.mean[...], remedy)
+        x = fields.like_mean(x, self.mean[...], remedy)
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]
         given = (x, self.mean[...], self.var[...], scale, bias)
         with jax.numpy_dtype_promotion("standard"):  # As Flax' function is made for.
             cast_x, _, _, scale, bias = self.promote_dtype(given, dtype=self.dtype)
-        dtype = _flax_fields.output_dtype(cast_x, scale, bias, dtype=self.dtype)
+        dtype = fields.output_dtype(cast_x, scale, bias, dtype=self.dtype)
         # Flax's own function only widens x where `dtype` is None. The verbs widen by
         # themselves, and keep x for the backward pass as it came.
         if self.promote_dtype is promote_dtype and self.dtype is None:
             cast_x = x
-        cast_x = _flax_fields.like_mean(cast_x, self.mean[...], remedy)
+        cast_x = fields.like_mean(cast_x, self.mean[...], remedy)
         return cast_x, scale, bias, dtype

@@ -7,7 +7,8 @@ from flax import nnx
 from flax.typing import Initializer
 from jax.typing import ArrayLike
 
-from jaxbn import _flax_fields, _mesh, layers
+from jaxbn import _devices, layers
+from jaxbn._flax import fields
 from jaxbn.nnx._variant import Common, Variant
 
 
@@ -50,7 +51,7 @@ class ConditionalBatchNorm(Variant):
         kernel_init: Initializer = nnx.initializers.zeros,
         use_fast_variance: bool = True,
         unbiased: bool = False,
-        axis_index_groups: _mesh.Groups | None = None,
+        axis_index_groups: _devices.Groups | None = None,
         rngs: nnx.Rngs,
         **common: Unpack[Common],
     ):
@@ -59,9 +60,7 @@ class ConditionalBatchNorm(Variant):
         self.kernel_init = kernel_init
         self.use_fast_variance = use_fast_variance
         self.unbiased = unbiased
-        _, _, self.axis_index_groups = _flax_fields.hashable(
-            None, None, axis_index_groups
-        )
+        _, _, self.axis_index_groups = fields.hashable(None, None, axis_index_groups)
         super().__init__(num_features, rngs=rngs, **common)
 
     def __call__(
@@ -76,4 +75,4 @@ class ConditionalBatchNorm(Variant):
         return self._run(x, use_running_average, mask, condition=condition)
 
     def _layer(self, **given: Any) -> layers.Layer:
-        return _flax_fields.layer(layers.conditional, self, **given)
+        return fields.layer(layers.conditional, self, **given)

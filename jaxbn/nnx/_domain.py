@@ -6,7 +6,8 @@ import jax
 from flax import nnx
 from jax.typing import ArrayLike
 
-from jaxbn import _flax_fields, layers
+from jaxbn import layers
+from jaxbn._flax import fields
 from jaxbn.nnx._variant import Common, Variant
 
 
@@ -68,4 +69,4 @@ class DomainBatchNorm(Variant):
         return self._run(x, use_running_average, mask, domain_ids=domain_ids)
 
     def _layer(self, **given: Any) -> layers.Layer:
-        return _flax_fields.layer(layers.domain, self, **given)
+        return fields.layer(layers.domain, self, **given)

@@ -4,7 +4,8 @@ from typing import Any, Unpack
 
 from flax import nnx
 
-from jaxbn import _flax_fields, layers
+from jaxbn import layers
+from jaxbn._flax import fields
 from jaxbn.nnx._variant import Common, Variant
 
 
@@ -63,4 +64,4 @@ class GhostBatchNorm(Variant):
         super().__init__(num_features, rngs=rngs, **common)
 
     def _layer(self, **given: Any) -> layers.Layer:
-        return _flax_fields.layer(layers.ghost, self, **given)
+        return fields.layer(layers.ghost, self, **given)

@@ -4,7 +4,8 @@ from typing import Any, Unpack
 
 from flax import nnx
 
-from jaxbn import _flax_fields, _mesh, layers
+from jaxbn import _devices, layers
+from jaxbn._flax import fields
 from jaxbn.nnx._variant import Common, Variant
 
 
@@ -45,7 +46,7 @@ class InPlaceBatchNorm(Variant):
         negative_slope: float = 0.01,
         use_fast_variance: bool = True,
         unbiased: bool = False,
-        axis_index_groups: _mesh.Groups | None = None,
+        axis_index_groups: _devices.Groups | None = None,
         rngs: nnx.Rngs,
         **common: Unpack[Common],
     ):
@@ -53,10 +54,8 @@ class InPlaceBatchNorm(Variant):
         self.negative_slope = negative_slope
         self.use_fast_variance = use_fast_variance
         self.unbiased = unbiased
-        _, _, self.axis_index_groups = _flax_fields.hashable(
-            None, None, axis_index_groups
-        )
+        _, _, self.axis_index_groups = fields.hashable(None, None, axis_index_groups)
         super().__init__(num_features, rngs=rngs, **common)
 
     def _layer(self, **given: Any) -> layers.Layer:
-        return _flax_fields.layer(layers.in_place, self, **given)
+        return fields.layer(layers.in_place, self, **given)

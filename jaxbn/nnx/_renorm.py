@@ -4,7 +4,8 @@ from typing import Any, Unpack
 
 from flax import nnx
 
-from jaxbn import _flax_fields, _mesh, layers
+from jaxbn import _devices, layers
+from jaxbn._flax import fields
 from jaxbn.layers._renorm import Limit
 from jaxbn.nnx._variant import Common, Variant
 
@@ -48,7 +49,7 @@ class BatchRenorm(Variant):
         r_max: Limit = 3.0,
         d_max: Limit = 5.0,
         use_fast_variance: bool = True,
-        axis_index_groups: _mesh.Groups | None = None,
+        axis_index_groups: _devices.Groups | None = None,
         derivatives: str = "vjp",
         rngs: nnx.Rngs,
         **common: Unpack[Common],
@@ -57,13 +58,11 @@ class BatchRenorm(Variant):
         self.d_max = d_max
         self.use_fast_variance = use_fast_variance
         self.derivatives = derivatives
-        _, _, self.axis_index_groups = _flax_fields.hashable(
-            None, None, axis_index_groups
-        )
+        _, _, self.axis_index_groups = fields.hashable(None, None, axis_index_groups)
         super().__init__(num_features, rngs=rngs, **common)
 
     def _layer(self, **given: Any) -> layers.Layer:
-        return _flax_fields.layer(layers.renorm, self, **given)
+        return fields.layer(layers.renorm, self, **given)
 
     def _of_the_step(self) -> tuple:
         return self.momentum, self.r_max, self.d_max

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxbn import _recording
+from jaxbn._flax import recording
 from jaxbn.nnx._batch_norm import BatchNorm
 from jaxbn.nnx._variant import recorder, statistics
 
@@ -169,7 +169,7 @@ def _window(node: nnx.BatchNorm) -> nnx.Dict:
     features = 1 if isinstance(node.num_features, int) else len(node.num_features)
     stacked = stats["mean"].shape[: stats["mean"].ndim - features]
     one = {name: v[(0,) * len(stacked)] for name, v in stats.items()}
-    record = _recording.empty_window(one)
+    record = recording.empty_window(one)
     wide = {name: jnp.broadcast_to(v, stacked + v.shape) for name, v in record.items()}
     return recorder(wide)
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jaxbn import _module_stats, _recording, _static
+from jaxbn._flax import calls, model_stats, recording
 from jaxbn._moments import Moments
 from jaxbn._running_stats import RunningStats
 from jaxbn.nnx._batch_norm import BatchNorm
@@ -40,7 +40,7 @@ def running_stats(model: nnx.Module) -> dict[str, RunningStats]:
       https://flax.readthedocs.io/en/latest/api_reference/flax.nnx/nn/normalization.html
     """
     return {
-        path: _module_stats.as_running_stats(_values(layer))
+        path: model_stats.as_running_stats(_values(layer))
         for path, layer in _layers_of(model).items()
     }
 
@@ -76,9 +76,9 @@ def load_stats(model: nnx.Module, stats: Mapping[str, RunningStats]) -> None:
       https://flax.readthedocs.io/en/latest/api_reference/flax.nnx/nn/normalization.html
     """
     layers = _layers_of(model)
-    _module_stats.require_same_layers(stats, layers)
+    model_stats.require_same_layers(stats, layers)
     new = {
-        path: _module_stats.replaced(path, _values(layer), stats[path])
+        path: model_stats.replaced(path, _values(layer), stats[path])
         for path, layer in layers.items()
     }
     for path, layer in layers.items():
@@ -135,24 +135,24 @@ def moments_fn(
     _layers_of(model)
     graphdef, state = nnx.split(model)
     state = jax.tree.map(lambda leaf: leaf, state)  # Not what the model changes later.
-    static, traced = _static.static_and_traced(call)
-    own = nnx.merge(graphdef, state), _static.together(static, traced)
-    measure = _static.compiled(_measure, graphdef, training, method, static)
+    static, traced = calls.static_and_traced(call)
+    own = nnx.merge(graphdef, state), calls.together(static, traced)
+    measure = calls.compiled(_measure, graphdef, training, method, static)
     streams = [variable[...] for variable in _streams_of(*own)]
-    return _static.Repeated(partial(measure, traced, state), streams)
+    return calls.Repeated(partial(measure, traced, state), streams)
 
 
 def _measure(
     graphdef: Any,
     training: bool,
     method: Callable[..., Any] | None,
-    static: _static.Static,
+    static: calls.Static,
     traced: list,
     state: Any,
     streams: list,
     batch: Any,
 ) -> tuple[dict[str, Moments], list]:
-    model, call = nnx.merge(graphdef, state), _static.together(static, traced)
+    model, call = nnx.merge(graphdef, state), calls.together(static, traced)
     variables = _streams_of(model, call)
     for variable, value in zip(variables, streams, strict=True):
         variable[...] = value
@@ -161,13 +161,13 @@ def _measure(
         layer.use_running_average = not training
         layer.use_fast_variance = False  # Measured in two passes, whatever it does.
         layer.accumulate = False
-        layer.batch_moments = recorder(_recording.empty(layer.mean[...]))
+        layer.batch_moments = recorder(recording.empty(layer.mean[...]))
     if method is None:
         model(batch, **call)  # type: ignore  (A module need not be callable.)
     else:
         method(model, batch, **call)
     found = {
-        path: _recording.moments_of({n: v[...] for n, v in layer.batch_moments.items()})
+        path: recording.moments_of({n: v[...] for n, v in layer.batch_moments.items()})
         for path, layer in layers.items()
     }
     return found, [variable[...] for variable in variables]
@@ -240,5 +240,5 @@ def _values(layer: Any) -> dict[str, jax.Array]:
 
 def _close(layer: Any) -> None:
     record = {name: variable[...] for name, variable in layer.batch_moments.items()}
-    for name, value in _recording.closed(record).items():
+    for name, value in recording.closed(record).items():
         layer.batch_moments[name][...] = value

@@ -4,7 +4,8 @@ from typing import Any, Unpack
 
 from flax import nnx
 
-from jaxbn import _flax_fields, _mesh, layers
+from jaxbn import _devices, layers
+from jaxbn._flax import fields
 from jaxbn.nnx._variant import Common, Variant
 
 
@@ -38,17 +39,15 @@ class StreamingBatchNorm(Variant):
         self,
         num_features: int | tuple[int, ...],
         *,
-        axis_index_groups: _mesh.Groups | None = None,
+        axis_index_groups: _devices.Groups | None = None,
         rngs: nnx.Rngs,
         **common: Unpack[Common],
     ):
-        _, _, self.axis_index_groups = _flax_fields.hashable(
-            None, None, axis_index_groups
-        )
+        _, _, self.axis_index_groups = fields.hashable(None, None, axis_index_groups)
         super().__init__(num_features, rngs=rngs, **common)
 
     def _layer(self, **given: Any) -> layers.Layer:
-        return _flax_fields.layer(layers.streaming, self, **given)
+        return fields.layer(layers.streaming, self, **given)
 
     def _of_the_step(self) -> tuple:
         return (layers.streaming,)  # Debiasing is: whatever `momentum` is.

@@ -11,7 +11,8 @@ from flax.nnx.module import first_from
 from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 
-from jaxbn import _axes, _flax_fields, _mesh, _recording, layers
+from jaxbn import _axes, _devices, layers
+from jaxbn._flax import fields, recording
 from jaxbn._running_stats import Momentum
 
 NOT_GIVEN = (
@@ -43,7 +44,7 @@ class Common(TypedDict, total=False):
     use_scale: bool
     bias_init: Initializer
     scale_init: Initializer
-    axis_name: _mesh.AxisName | None
+    axis_name: _devices.AxisName | None
     accumulate: bool
     implementation: str | None
 
@@ -74,9 +75,9 @@ def recorder(record: dict[str, jax.Array]) -> nnx.Dict:
 def is_training(module: Any, use_running_average: bool | None) -> bool:
     """Whether a call normalizes by the batch; what is being measured is not asked."""
     own, record = module.use_running_average, module.batch_moments
-    if record is None or _recording.is_window(record):
+    if record is None or recording.is_window(record):
         own = first_from(use_running_average, own, error_msg=NOT_GIVEN)
-    return _flax_fields.is_training(own)
+    return fields.is_training(own)
 
 
 def statistics(module: Any) -> dict[str, nnx.Variable]:
@@ -99,9 +100,9 @@ def run(
     stats, record = statistics(module), module.batch_moments
     if training and module.accumulate and record is None:
         raise ValueError(LATE_ACCUMULATE)
-    if record is not None and _recording.is_window(record):
+    if record is not None and recording.is_window(record):
         record = record if training and module.accumulate else None
-    y, new, recorded = _recording.run(
+    y, new, recorded = recording.run(
         layer,
         kind,
         params,
@@ -145,7 +146,7 @@ class Variant(nnx.Module):
     """
 
     def __init_subclass__(cls, **options: Any):
-        _flax_fields.name_call(cls)
+        fields.name_call(cls)
         super().__init_subclass__(**options)
 
     def __init__(
@@ -162,14 +163,14 @@ class Variant(nnx.Module):
         use_scale: bool = True,
         bias_init: Initializer = nnx.initializers.zeros,
         scale_init: Initializer = nnx.initializers.ones,
-        axis_name: _mesh.AxisName | None = None,
+        axis_name: _devices.AxisName | None = None,
         accumulate: bool = False,
         implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
         self.num_features = num_features
         self.use_running_average = use_running_average
-        self.axis, self.axis_name, _ = _flax_fields.hashable(axis, axis_name, None)
+        self.axis, self.axis_name, _ = fields.hashable(axis, axis_name, None)
         self.momentum, self.epsilon = momentum, epsilon
         self.dtype, self.param_dtype = dtype, param_dtype
         self.use_bias, self.use_scale = use_bias, use_scale
@@ -192,7 +193,7 @@ class Variant(nnx.Module):
         self.batch_moments = nnx.data(None)
         if accumulate:
             kept = {name: getattr(state, name) for name in self._kept}
-            self.batch_moments = recorder(_recording.empty_window(kept))
+            self.batch_moments = recorder(recording.empty_window(kept))
 
     def __call__(
         self,
@@ -232,25 +233,25 @@ class Variant(nnx.Module):
 
     def _run(self, x, use_running_average, mask, **inputs: Any) -> jax.Array:
         training = is_training(self, use_running_average)
-        x = _flax_fields.as_inexact(x)
-        axes = _flax_fields.feature_axes(self.axis, x.ndim)
+        x = fields.as_inexact(x)
+        axes = fields.feature_axes(self.axis, x.ndim)
         features = _axes.lengths(x, axes)
         plan = self._layer(feature_axes=axes)
         _, expected = jax.eval_shape(lambda: plan.init(features))
         stats = statistics(self)
         mean = stats["mean"][...]
-        _flax_fields.require_features("num_features", mean, expected.mean, x, axes)
+        fields.require_features("num_features", mean, expected.mean, x, axes)
         remedy = "Make the module with `param_dtype=jnp.complex64`."
-        x = _flax_fields.like_mean(x, mean, remedy)
-        _flax_fields.require_mask(mask, x)
+        x = fields.like_mean(x, mean, remedy)
+        fields.require_mask(mask, x)
         params = {name: getattr(self, name)[...] for name in self._params}
-        out = _flax_fields.output_dtype(x, *params.values(), dtype=self.dtype)
+        out = fields.output_dtype(x, *params.values(), dtype=self.dtype)
         if callable(self.momentum) and "step" not in stats:
-            raise ValueError(_flax_fields.LATE_MOMENTUM)
+            raise ValueError(fields.LATE_MOMENTUM)
         return run(
             self,
             self._layer(feature_axes=axes, dtype=out),
-            partial(_flax_fields.state, self._stats, like=expected),
+            partial(fields.state, self._stats, like=expected),
             params,
             x,
             training=training,

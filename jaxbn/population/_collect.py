@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxbn import _mesh
+from jaxbn import _devices
 from jaxbn._moments import Moments, merge_moments, whole_count
 from jaxbn.population._trees import map_layers, named_layers
 
@@ -122,6 +122,6 @@ def _merge_pair(first: Any, second: Any) -> Any:
     def merge(a: Moments, b: Moments) -> Moments:
         if np.shape(a.count) != np.shape(b.count):
             a, b = (m._replace(count=whole_count(m)) for m in (a, b))
-        return merge_moments(jax.tree.map(_mesh.stack, a, b))
+        return merge_moments(jax.tree.map(_devices.stack, a, b))
 
     return map_layers(merge, first, second)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxbn import _dtypes, _mesh
+from jaxbn import _devices, _dtypes
 from jaxbn._moments import Moments, whole_count
 from jaxbn._running_stats import RunningStats
 from jaxbn.layers import RenormStats
@@ -105,7 +105,7 @@ def _drift(stats: RunningStats, m: Moments, epsilon: float) -> Drift:
     resolution = jnp.finfo(m.var.dtype).eps
     mean, var = (_dtypes.widen(jnp.asarray(v)) for v in stats[:2])
     entries = (mean, var, m.mean, m.var)
-    finite = _mesh.stack(*map(jnp.isfinite, entries)).all(0)
+    finite = _devices.stack(*map(jnp.isfinite, entries)).all(0)
     var, s2 = var + epsilon, m.var + epsilon
     apart = m.mean - mean
     distance = jnp.square(jnp.abs(apart))

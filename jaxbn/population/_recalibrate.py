@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxbn import _mesh
+from jaxbn import _devices
 from jaxbn._moments import Moments, whole_count
 from jaxbn._running_stats import RunningStats, init_stats, update
 from jaxbn.population._collect import measured, pool
@@ -98,7 +98,7 @@ def recalibrate(
         m = m._replace(count=whole_count(m))
         fresh = init_stats(m.mean.shape, dtype=m.mean.dtype)
         like = RunningStats(m.mean, m.var, fresh.step)  # As they are sharded.
-        fresh = jax.tree.map(_mesh.shard_like, fresh, like)
+        fresh = jax.tree.map(_devices.shard_like, fresh, like)
         return update(fresh, m, momentum=0.0, unbiased=unbiased)
 
     def found(batch: Any) -> Any:

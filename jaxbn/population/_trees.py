@@ -7,7 +7,8 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from jaxbn import _dtypes, _module_stats
+from jaxbn import _dtypes
+from jaxbn._flax import model_stats
 from jaxbn._moments import Moments, merge_moments, whole_count
 from jaxbn._running_stats import RunningStats
 from jaxbn.layers import RenormStats
@@ -40,12 +41,12 @@ def map_layers(function: Callable, tree: Any, *rest: Any) -> Any:
 
 def as_stats(state: State) -> RunningStats:
     """A layer's state as a mean and a variance: of a renorm's, its std squared."""
-    return _module_stats.as_running_stats(state._asdict())
+    return model_stats.as_running_stats(state._asdict())
 
 
 def as_state(like: State, stats: RunningStats) -> Any:
     """The inverse: a state of the kind, the shapes and the dtypes of `like`."""
-    return type(like)(**_module_stats.as_kept(like._asdict(), stats))
+    return type(like)(**model_stats.as_kept(like._asdict(), stats))
 
 
 def without_groups(m: Moments, state: State) -> Moments:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxbn import _dtypes, _mesh
+from jaxbn import _devices, _dtypes
 from jaxbn._moments import Moments, merge_moments, whole_count
 from jaxbn.layers import Layer
 
@@ -85,7 +85,7 @@ def _start(record: Arrays, stats: Arrays) -> Arrays:
     """The statistics at the start of a window: those at hand while it is empty."""
     is_empty = jnp.all(record["count"] == 0)
     return {
-        name: _mesh.where(is_empty, now, record[START + name].astype(now.dtype))
+        name: _devices.where(is_empty, now, record[START + name].astype(now.dtype))
         for name, now in stats.items()
     }
 
@@ -100,11 +100,11 @@ def _with(record: Arrays, m: Moments) -> Arrays:
 
     def stacked(old: jax.Array, new: jax.Array) -> jax.Array:
         new = _dtypes.widen(new, old)
-        return _mesh.stack(old.astype(new.dtype), new)
+        return _devices.stack(old.astype(new.dtype), new)
 
     both = merge_moments(Moments(*map(stacked, old, m)))
 
     def recorded(new: jax.Array, old: jax.Array) -> jax.Array:
-        return _mesh.shard_like(new.astype(old.dtype), old)
+        return _devices.shard_like(new.astype(old.dtype), old)
 
     return record | jax.tree.map(recorded, both, old)._asdict()

@@ -13,7 +13,7 @@ from flax.linen.dtypes import canonicalize_dtype
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jaxbn import _axes, _dtypes, _mesh, layers
+from jaxbn import _axes, _devices, _dtypes, layers
 
 LATE_MOMENTUM = (
     "`momentum` became a function of the step after the module was made, so that no "
@@ -51,7 +51,7 @@ def layer(
 def hashable(axis, axis_name, axis_index_groups) -> tuple:
     """Lists as tuples: a module is hashed where it is static to a compiled function."""
     axis = tuple(axis) if isinstance(axis, Iterable) else axis
-    return axis, *_mesh.hashable(axis_name, axis_index_groups)
+    return axis, *_devices.hashable(axis_name, axis_index_groups)
 
 
 def name_call(cls: type) -> None:

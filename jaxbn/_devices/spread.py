@@ -16,7 +16,9 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxbn import _axes, _mesh
+from jaxbn import _axes
+from jaxbn._devices.names import as_names
+from jaxbn._devices.varying import vary_like
 
 # What an operand or a result is laid out like: `x`, a feature vector, or weights, which
 # are like `x` with feature axes of length 1. The first operand is `x`.
@@ -43,7 +45,7 @@ def spread(
         kinds = _axis_types(x)
         if AxisType.Manual in kinds:  # Each device has its part already.
             out = f((), x, *operands)
-            return [_mesh.vary_like(array, x, *operands) for array in out]
+            return [vary_like(array, x, *operands) for array in out]
         if AxisType.Explicit in kinds:
             return _by_type(f, *layout, x, *operands)
         return _partitioned(f, *layout, x.ndim)(x, *operands)
@@ -126,7 +128,7 @@ def _rule(
 def _dividing(operand, mesh) -> tuple:
     """The spec of an operand where it divides the axis: padding would be summed."""
     spec = _padded(operand.sharding.spec, len(operand.shape))
-    parts = (prod(mesh.shape[name] for name in _mesh.as_names(names)) for names in spec)
+    parts = (prod(mesh.shape[name] for name in as_names(names)) for names in spec)
     return tuple(
         names if size % n == 0 else None
         for names, size, n in zip(spec, operand.shape, parts, strict=True)
@@ -148,4 +150,4 @@ def _spec(spec: tuple, role: str, feature_axes: tuple[int, ...]) -> P:
 def _reduced_names(spec: tuple, feature_axes: tuple[int, ...]) -> tuple[str, ...]:
     """The axes of the mesh that the reduced axes are spread over."""
     reduced = _axes.others(feature_axes, len(spec))
-    return tuple(name for axis in reduced for name in _mesh.as_names(spec[axis]))
+    return tuple(name for axis in reduced for name in as_names(spec[axis]))

@@ -1,7 +1,7 @@
 """What `_sums` computes, by the CPU kernels of jaxbn-cpu, where these are installed.
 
 What the kernels compute takes its derivatives from `_sums`, and is left to it wherever
-the program is not lowered for a CPU (`_platform`).
+the program is not lowered for a CPU (`operation`).
 
 Moments need no center there: what comes is the mean and Σw|x − mean|², exact, and
 
@@ -20,8 +20,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from jaxbn import _axes, _dtypes, _mesh, _spread, _sums
-from jaxbn._platform import CPU, Operation
+from jaxbn import _axes, _devices, _dtypes, _sums
+from jaxbn._devices import spread
+from jaxbn._kernels.operation import CPU, Operation
 
 FeatureAxes = tuple[int, ...]
 DTYPES = (jnp.float32, jnp.bfloat16)
@@ -160,7 +161,7 @@ def _xla_first_pass(axes: FeatureAxes, x, weights, shift) -> FirstPass:
 
 
 def _first_pass(axes: FeatureAxes, x, weights, shift) -> FirstPass:
-    out = (_spread.VECTOR,) * 3
+    out = (spread.VECTOR,) * 3
     return FirstPass(*_over_devices(_local_moments, axes, x, weights, out=out))
 
 
@@ -188,7 +189,7 @@ def _xla_input_cotangent(axes: FeatureAxes, dy, x, mean, weights, k, c1, c0):
 
 def _input_cotangent(axes: FeatureAxes, dy, x, mean, weights, *vectors):
     rest = dy, mean, *vectors
-    out = (_spread.X,)
+    out = (spread.X,)
     return _over_devices(_local_input_cotangent, axes, x, weights, *rest, out=out)
 
 
@@ -196,7 +197,7 @@ def _delta(axes: FeatureAxes, x, mean, weights):
     """x − mean, and 0 where x is hidden."""
     x, mean = _dtypes.widen(x), _axes.expand(mean, axes, x.ndim)
     if weights is not None:
-        x = _mesh.where(_sums.hidden(x, weights), mean, x)
+        x = _devices.where(_sums.hidden(x, weights), mean, x)
     return x - mean
 
 
@@ -219,7 +220,7 @@ def _obstacle(x, feature_axes: FeatureAxes, weights, dtypes) -> str | None:
         return "the weights vary along the features."
     if any(isinstance(n, int) and n > _sums.INT32_MAX for n in x.shape):
         return "an axis is longer than 2³¹ − 1."
-    if not _spread.is_possible(x):
+    if not spread.is_possible(x):
         return "the axes of the mesh are of different kinds."
     return None
 
@@ -238,17 +239,17 @@ def _missing() -> str | None:
 
 
 def _over_devices(
-    f: Callable, axes: FeatureAxes, x, weights, *rest, out=(_spread.VECTOR,) * 2
+    f: Callable, axes: FeatureAxes, x, weights, *rest, out=(spread.VECTOR,) * 2
 ) -> tuple:
     """One of the functions below, of whatever part of `x` each device has."""
-    roles = [_spread.X if a.ndim == x.ndim else _spread.VECTOR for a in rest]
+    roles = [spread.X if a.ndim == x.ndim else spread.VECTOR for a in rest]
     operands = [x, *rest]
     if weights is not None:
         shape = [1 if i in axes else n for i, n in enumerate(x.shape)]
         operands.append(jnp.broadcast_to(weights, shape).astype(jnp.float32))
-        roles.append(_spread.WEIGHTS)
+        roles.append(spread.WEIGHTS)
     local = _Local(f, axes, weights is not None)
-    return tuple(_spread.spread(local, (_spread.X, *roles), out, axes)(*operands))
+    return tuple(spread.spread(local, (spread.X, *roles), out, axes)(*operands))
 
 
 class _Local(NamedTuple):
@@ -269,16 +270,16 @@ def _local_moments(names, axes: FeatureAxes, x, weights):
     if not names:
         return known
     n = _sums.total_weight(x, weights, axes)
-    total, whole = _mesh.all_sum((n * known.mean, n), names)
+    total, whole = _devices.all_sum((n * known.mean, n), names)
     center = _sums.over(total, whole)
-    first, squares = _mesh.all_sum(_about(center, n, known), names)
+    first, squares = _devices.all_sum(_about(center, n, known), names)
     return FirstPass(center, _sums.over(first, whole), squares)
 
 
 def _local_cotangent_sums(names, axes: FeatureAxes, x, weights, dy, mean):
     kernel = importlib.import_module("jaxbn_cpu").cotangents
     sums = kernel(dy, x, mean, weights, feature_axes=axes)
-    return _mesh.all_sum(sums, names) if names else sums
+    return _devices.all_sum(sums, names) if names else sums
 
 
 def _local_input_cotangent(names, axes: FeatureAxes, x, weights, dy, mean, *vectors):
