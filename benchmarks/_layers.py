@@ -176,7 +176,7 @@ def keras() -> Layer:
 LAYERS: dict[str, Callable[[], Layer]] = {
     "jaxbn": partial(ours, near=True),
     "jaxbn two passes": partial(ours, near=False),
-    "jaxbn native": partial(ours, near=False, implementation="cpu"),
+    "jaxbn native": partial(ours, near=False, implementation="native"),
     "jaxbn jvp": partial(ours, near=True, derivatives="jvp"),
     "linen": linen,
     "nnx": nnx,

@@ -174,8 +174,11 @@ def main() -> None:
     args = parser.parse_args()
     made = {page: rendered(page.read_text()) for page in PAGES}
     old = [page.name for page, new in made.items() if new != page.read_text()]
-    if args.check and old:
-        sys.exit(f"Not up to date: {', '.join(old)}. Run python benchmarks/tables.py")
+    if args.check:
+        if old:
+            advice = "Run python benchmarks/tables.py"
+            sys.exit(f"Not up to date: {', '.join(old)}. {advice}")
+        return
     for page, new in made.items():
         page.write_text(new)
 

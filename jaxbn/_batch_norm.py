@@ -54,7 +54,7 @@ def batch_norm(
       derivatives: "vjp" has reverse mode, and reverse or forward mode over it. "jvp"
         has every mode at the same cost on one device, but for the CPU kernels, which
         its backward pass does not use; across devices it issues more all-reduces.
-      implementation: As for `moments`: None, "xla" or "cpu". The kernels compute
+      implementation: As for `moments`: None, "xla" or "native". The kernels compute
         the backward pass, too, with "vjp".
 
     Returns:

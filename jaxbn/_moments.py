@@ -71,7 +71,7 @@ def moments(
       implementation: What computes the sums. None takes the kernels of jaxbn-cpu where
         they are installed, know these dtypes and axes, and the program is lowered for a
         CPU; there, one read of `x` is exact about any shift. "xla" declines them, and
-        "cpu" demands them.
+        "native" demands them.
 
     Returns:
       `Moments(mean, var, count)` in the accumulation dtype; `mean` and `var` have the

@@ -114,8 +114,8 @@ class Linen:
         assert jax.tree.map(lambda a: (a.shape, a.dtype), self.variables) == same
         return y
 
-    def commit(self):
-        self.variables = jaxbn.linen.commit(self.variables)
+    def end(self):
+        self.variables = jaxbn.linen.end_accumulation(self.variables)
 
     def stats(self):
         return self.variables["batch_stats"]
@@ -135,8 +135,8 @@ class NNX:
     def __call__(self, x, training=True, **more):
         return self.module(x, not training, **more)
 
-    def commit(self):
-        jaxbn.nnx.commit(self.module)
+    def end(self):
+        jaxbn.nnx.end_accumulation(self.module)
 
     def stats(self):
         state = nnx.state(self.module, nnx.BatchStat)
@@ -161,7 +161,7 @@ def test_micro_batches_are_one_step_of_the_pooled_batch(make, name):
     for x in (X, 2 * X + 1):
         for rows in PARTS:
             parts(x[rows], mask=MASK[rows], **given(name, rows))
-        parts.commit()
+        parts.end()
         whole(x, mask=MASK, **given(name, slice(None)))
         for key, value in plain(whole.stats()).items():
             got = plain(parts.stats())[key]
@@ -222,7 +222,7 @@ def test_a_schedule_counts_windows(make):
         for rows in PARTS:
             layer(x[rows])
             assert plain(layer.stats())["step"] == window
-        layer.commit()
+        layer.end()
     assert_close(plain(layer.stats())["mean"], np.mean(X, (0, 1)) + 1, rtol=1e-6)
 
 
@@ -263,7 +263,7 @@ def test_scan_over_micro_batches_with_multi_steps(remat):
         grads, rest = jax.grad(loss, has_aux=True)(params)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         done = optimizer.has_updated(opt_state)
-        rest = jax.lax.cond(done, jaxbn.linen.commit, lambda v: v, rest)
+        rest = jax.lax.cond(done, jaxbn.linen.end_accumulation, lambda v: v, rest)
         return (optax.apply_updates(params, updates), rest, opt_state), params
 
     start = (params, rest, optimizer.init(params))
@@ -310,7 +310,7 @@ def test_multi_steps_in_nnx():
     for micro_batch in x:
         assert_close(model.dense.kernel[...], before, rtol=0)
         step(model, optimizer, micro_batch)
-    nnx.jit(jaxbn.nnx.commit)(model)
+    nnx.jit(jaxbn.nnx.end_accumulation)(model)
     assert np.any(model.dense.kernel[...] != before)
     whole(x.reshape(-1, 5))
     assert_close(model.norm.mean[...], whole.norm.mean[...], rtol=1e-5)
@@ -358,14 +358,14 @@ def test_calls_that_would_lose_the_window_are_errors():
             net.apply(given, X, mutable=mutable)
 
 
-def test_nothing_to_commit_is_an_error():
+def test_no_window_to_close_is_an_error():
     variables = jaxbn.linen.BatchNorm(False).init(jax.random.key(0), X)
     with pytest.raises(ValueError, match="`accumulate=True`, keep the collection"):
-        jaxbn.linen.commit(variables)
+        jaxbn.linen.end_accumulation(variables)
     with pytest.raises(ValueError, match="`accumulate=True`"):
-        jaxbn.nnx.commit(jaxbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+        jaxbn.nnx.end_accumulation(jaxbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match="no batch norm of jaxbn"):
-        jaxbn.nnx.commit(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+        jaxbn.nnx.end_accumulation(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
 
 
 def test_one_step_per_group_and_one_per_window_is_an_error():

@@ -519,7 +519,7 @@ CASES = {
     "another implementation, at once": (
         lambda: layers.streaming(implementation="gpu"),
         ValueError,
-        ["`implementation` must be None, 'xla' or 'cpu'", "'gpu'"],
+        ["`implementation` must be None, 'xla' or 'native'", "'gpu'"],
     ),
     "a limit that is none": (
         lambda: layers.renorm(r_max=None),

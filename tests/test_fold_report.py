@@ -109,7 +109,10 @@ def test_no_batch_norm_of_jaxbn():
         assert found.layers == ()
         first, last = str(found).splitlines()
         assert first.startswith("No batch norm of jaxbn found.")
-        assert "`jaxbn.linen.replaced` or `jaxbn.nnx.replace_batch_norm`" in first
+        assert (
+            "`jaxbn.linen.replace_batch_norm` or `jaxbn.nnx.replace_batch_norm`"
+            in first
+        )
         assert last == "0 folded, 0 left"
-    replaced = jaxbn.linen.replaced(Net(nn.BatchNorm))
+    replaced = jaxbn.linen.replace_batch_norm(Net(nn.BatchNorm))
     assert str(reported(replaced, False)).endswith("1 folded, 0 left")

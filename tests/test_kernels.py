@@ -34,7 +34,7 @@ ADJACENT = [name for name in LAYOUTS if "two_axes" not in name]
 BROAD = [kind for kind in WEIGHTS if kind != "features"]
 
 
-def batch_norm(x, scale, bias, *, implementation="cpu", **options):
+def batch_norm(x, scale, bias, *, implementation="native", **options):
     return jaxbn.batch_norm(x, scale, bias, implementation=implementation, **options)
 
 
@@ -113,7 +113,7 @@ def exact_var(x, w=None):
 def test_the_variance_is_exact_about_any_shift(dtype, shift, weighted):
     x = far(dtype, rows=30000)
     w = np.random.default_rng(1).integers(0, 3, size=(30000, 1)) if weighted else None
-    f = partial(jaxbn.moments, weights=w, shift=shift, implementation="cpu")
+    f = partial(jaxbn.moments, weights=w, shift=shift, implementation="native")
     for run in (f, jax.jit(f)):
         m = run(x)
         assert_close(m.var, exact_var(x, w), rtol=1e-6)
@@ -122,7 +122,7 @@ def test_the_variance_is_exact_about_any_shift(dtype, shift, weighted):
 
 def test_without_any_weight_the_mean_is_the_shift():
     shift = jnp.arange(4.0)
-    m = jaxbn.moments(far(), weights=False, shift=shift, implementation="cpu")
+    m = jaxbn.moments(far(), weights=False, shift=shift, implementation="native")
     spread.close(m, jaxbn.Moments(shift, jnp.zeros(4), jnp.zeros(())))
 
 
@@ -139,7 +139,9 @@ def test_the_variance_is_exact_on_meshes_about_any_shift(kind):
     x = far()
     with jax.set_mesh(mesh):
         spread_x = jax.device_put(x, NamedSharding(mesh, P("data")))
-        m = jax.jit(partial(jaxbn.moments, shift=FAR, implementation="cpu"))(spread_x)
+        m = jax.jit(partial(jaxbn.moments, shift=FAR, implementation="native"))(
+            spread_x
+        )
     assert_close(m.var, exact_var(x), rtol=1e-5)
 
 
@@ -147,7 +149,7 @@ def test_the_variance_is_exact_on_meshes_about_any_shift(kind):
 def test_groups_are_pooled_exactly_about_any_shift(devices):
     names = {"axis_name": "data"} if devices > 1 else {}
     groups = {"num_groups": 8, "strided": True}  # Next to the features: kernels sum.
-    layer = jaxbn.layers.ghost(implementation="cpu", momentum=0.0, **groups, **names)
+    layer = jaxbn.layers.ghost(implementation="native", momentum=0.0, **groups, **names)
     params, state = layer.init(4)
     run, x = partial(layer.apply, params, state, training=True), far()
     if devices > 1:
@@ -198,7 +200,7 @@ def test_derivatives_are_exact_about_any_shift(form, x64):
     for f in (loss, penalty):
         gradient = jax.jit(jax.grad(f, (0, 1, 2)), static_argnums=3)
         for got, truth in zip(
-            gradient(x, scale, bias, "cpu"), gradient(*wide, "xla"), strict=True
+            gradient(x, scale, bias, "native"), gradient(*wide, "xla"), strict=True
         ):
             size = float(np.abs(truth).max())
             assert_close(got, truth, rtol=5e-3, atol=5e-3 * size)
@@ -218,7 +220,7 @@ def test_nan_under_the_mask_reaches_nothing():
         return sum(jnp.sum(jnp.sin(g)) for g in grads)
 
     for f in (loss, penalty):
-        got, expected = (jax.grad(f, (0, 1))(x, scale, i) for i in ("cpu", "xla"))
+        got, expected = (jax.grad(f, (0, 1))(x, scale, i) for i in ("native", "xla"))
         for a, b in zip(got, expected, strict=True):
             assert np.isfinite(a).all()
             assert_close(a, b, rtol=1e-3, atol=1e-3)
@@ -279,7 +281,7 @@ def test_derivatives_of_derivatives(near):
             )
         )(x, scale, bias)
 
-    spread.close(second(loss("cpu")), second(loss("xla")), 2e-3)
+    spread.close(second(loss("native")), second(loss("xla")), 2e-3)
     hessians = (jax.jit(jax.hessian(loss(i)))(x, scale, bias) for i in (None, "xla"))
     spread.close(*hessians, 2e-3)
 
@@ -293,7 +295,7 @@ def test_what_is_kept_is_what_xla_keeps(dtype):
         pull = jax.eval_shape(lambda *a: jax.vjp(lambda *a: f(*a)[0], *a)[1], x, v, v)
         return [a.dtype for a in jax.tree.leaves(pull) if a.ndim == 3]
 
-    assert kept("cpu") == kept("xla") == [dtype]
+    assert kept("native") == kept("xla") == [dtype]
 
 
 @pytest.mark.parametrize(
@@ -378,7 +380,7 @@ def test_parts_that_are_not_even_are_not_padded():
     @jax.jit
     def f(x):
         rows = jax.lax.with_sharding_constraint(x[:13], NamedSharding(mesh, P("data")))
-        return jaxbn.moments(rows, implementation="cpu")
+        return jaxbn.moments(rows, implementation="native")
 
     got = f(jax.device_put(x, NamedSharding(mesh, P("data"))))
     spread.close(got, jaxbn.moments(x[:13], implementation="xla"), 1e-5)
@@ -399,7 +401,7 @@ def test_where_some_axes_are_manual_xla_computes():
     assert_close(f(x), np.var(x, 0), rtol=1e-5, atol=1e-5)
     assert calls(f.lower(x).as_text()) == 0
     demanding = jax.shard_map(
-        lambda x: jaxbn.moments(x, axis_name="data", implementation="cpu").var,
+        lambda x: jaxbn.moments(x, axis_name="data", implementation="native").var,
         mesh=mesh,
         in_specs=P("data"),
         out_specs=P(),
@@ -424,7 +426,7 @@ def test_programs_for_other_platforms_have_no_kernels():
     assert calls(lowered(grad(None), x, "cuda")) == 0
     assert calls(lowered(grad("xla"), x, "cpu")) == 0
     with pytest.raises(NotImplementedError, match=r"another platform \(cuda\)"):
-        lowered(grad("cpu"), x, "cuda")
+        lowered(grad("native"), x, "cuda")
     both = lowered(grad(None), x, "cpu", "cuda")  # Chosen when it is run.
     assert calls(both) == 3
     assert "case" in both
@@ -467,7 +469,7 @@ def test_longer_axes_than_a_partitioner_takes_are_left_to_xla():
     x = jax.ShapeDtypeStruct((2**31, 2), jnp.float32)
     jax.eval_shape(jaxbn.moments, x)
     with pytest.raises(ValueError, match="an axis is longer than"):
-        jax.eval_shape(partial(jaxbn.moments, implementation="cpu"), x)
+        jax.eval_shape(partial(jaxbn.moments, implementation="native"), x)
 
 
 @pytest.mark.parametrize(
@@ -483,8 +485,10 @@ def test_longer_axes_than_a_partitioner_takes_are_left_to_xla():
     ],
 )
 def test_what_the_kernels_do_not_know(x, options, message):
-    with pytest.raises(ValueError, match=rf"`implementation` is 'cpu', but.*{message}"):
-        jaxbn.moments(x, implementation="cpu", **options)
+    with pytest.raises(
+        ValueError, match=rf"`implementation` is 'native', but.*{message}"
+    ):
+        jaxbn.moments(x, implementation="native", **options)
     got = jaxbn.moments(x, **options)
     spread.close(got, jaxbn.moments(x, implementation="xla", **options))
 
@@ -492,13 +496,13 @@ def test_what_the_kernels_do_not_know(x, options, message):
 def test_output_of_another_dtype_is_left_to_xla():
     x = numbers((8, 3), "float32")
     with pytest.raises(ValueError, match="there is an array of float16"):
-        jaxbn.batch_norm(x, dtype=jnp.float16, implementation="cpu")
+        jaxbn.batch_norm(x, dtype=jnp.float16, implementation="native")
     jax.grad(lambda x: jaxbn.batch_norm(x, dtype=jnp.float16)[0].sum())(x)
 
 
 @pytest.mark.parametrize("kind", ["linen", "nnx", "standard"])
 @pytest.mark.parametrize(
-    ("implementation", "used"), [(None, 3), ("cpu", 3), ("xla", 0)]
+    ("implementation", "used"), [(None, 3), ("native", 3), ("xla", 0)]
 )
 def test_layers_and_modules(kind, implementation, used):
     x, option = numbers((8, 3), "float32"), {"implementation": implementation}
@@ -559,6 +563,6 @@ def test_kernels_that_cannot_be_loaded_leave_it_to_xla(monkeypatch):
         with pytest.warns(UserWarning, match="cannot be loaded: no such symbol"):
             assert_close(jaxbn.moments(x).var, np.var(x, 0), rtol=1e-5, atol=0)
         with pytest.raises(ValueError, match="no such symbol"):
-            jaxbn.moments(x, implementation="cpu")
+            jaxbn.moments(x, implementation="native")
     finally:
         kernels._missing.cache_clear()

@@ -264,7 +264,7 @@ def test_an_nnx_model_that_cannot_be_hashed():
     x, expected = BATCHES[0], 2 * np.mean(BATCHES[0], 0)
     with jaxbn.nnx.replace_batch_norm(model, accumulate=True):
         nnx.jit(lambda model, x: model(x))(model, x)
-        jaxbn.nnx.commit(model)
+        jaxbn.nnx.end_accumulation(model)
     jaxbn.nnx.replace_batch_norm(model)
     stats = recalibrate(jaxbn.nnx.moments_fn(model), [x, x])
     assert_close(stats["norm"].mean, expected, rtol=1e-5)
@@ -291,11 +291,11 @@ def test_a_linen_model_that_cannot_be_hashed():
     same = jaxbn.linen.running_stats(variables)["BatchNorm_0"]
     assert_close(same.mean, expected, rtol=1e-5)
 
-    ours = jaxbn.linen.replaced(theirs)
+    ours = jaxbn.linen.replace_batch_norm(theirs)
     variables = ours.init(KEY, x)
     stats = recalibrate(jaxbn.linen.moments_fn(ours, variables), [x, x])
     assert_close(stats["BatchNorm_0"].mean, expected, rtol=1e-5)
-    with jaxbn.linen.replace_batch_norm():
+    with jaxbn.linen.replacing():
         stats = recalibrate(jaxbn.linen.moments_fn(theirs, variables), [x, x])
     assert_close(stats["BatchNorm_0"].mean, expected, rtol=1e-5)
 
@@ -364,7 +364,7 @@ def use_stats(model):
     jaxbn.nnx.replace_batch_norm(model, accumulate=True)
     model(BATCHES[0])
     jaxbn.nnx.load_stats(model, jaxbn.nnx.running_stats(model))
-    jaxbn.nnx.commit(model)
+    jaxbn.nnx.end_accumulation(model)
 
 
 class Held(Configured):
@@ -411,9 +411,9 @@ def test_nothing_holds_variables_of_linen(how):
             x + own["params"]["bias"][None]
         )
     if how == "replaced":
-        net = jaxbn.linen.replaced(theirs)
+        net = jaxbn.linen.replace_batch_norm(theirs)
     if how == "context":
-        with jaxbn.linen.replace_batch_norm():
+        with jaxbn.linen.replacing():
             jaxbn.linen.moments_fn(theirs, variables)(BATCHES[0])
     f = jaxbn.linen.moments_fn(net, variables, **call)
     stats = recalibrate(f, BATCHES[:2])

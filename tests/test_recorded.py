@@ -75,7 +75,7 @@ def test_accumulate_switched_on_later_is_an_error():
 def test_accumulate_switched_off_leaves_the_window_alone():
     module = jaxbn.nnx.BatchNorm(2, momentum=0.5, accumulate=True, rngs=nnx.Rngs(0))
     module(X)
-    jaxbn.nnx.commit(module)
+    jaxbn.nnx.end_accumulation(module)
     module.accumulate = False
     for _ in range(3):
         module(X)
@@ -84,7 +84,7 @@ def test_accumulate_switched_off_leaves_the_window_alone():
     window = jaxbn.linen.BatchNorm(False, momentum=0.5, accumulate=True)
     single = window.clone(accumulate=False)
     variables = steps(window, window.init(KEY, X), [X])
-    variables = steps(single, jaxbn.linen.commit(variables), [X, X])
+    variables = steps(single, jaxbn.linen.end_accumulation(variables), [X, X])
     variables = steps(window, variables, [X, X])
     assert_close(variables["batch_stats"]["mean"], MEAN * (1 - 0.5**4), rtol=1e-5)
 

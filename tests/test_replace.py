@@ -1,4 +1,4 @@
-"""`replace_batch_norm` and `replaced`: models made of Flax's own batch norm."""
+"""`replace_batch_norm` and `replacing`: models made of Flax's own batch norm."""
 
 import pickle
 
@@ -95,10 +95,10 @@ def test_linen_under_every_transform(name):
         return apply(model, variables)
 
     assert "jaxbn" not in str(program(variables))
-    with jaxbn.linen.replace_batch_norm():
+    with jaxbn.linen.replacing():
         own = model.init(jax.random.key(0), X)
         in_context = apply(model, variables)
-    ours = jaxbn.linen.replaced(model)
+    ours = jaxbn.linen.replace_batch_norm(model)
     assert "jaxbn_normalize" in str(jax.make_jaxpr(lambda v: apply(ours, v))(variables))
     for got, expected in (
         (own, variables),
@@ -137,10 +137,10 @@ def test_what_was_jitted_is_traced_anew(model):
     step = jax.jit(lambda v: apply(model, v)[1])
     for _ in range(2):
         assert_close(moved(step(variables)), np.full(4, 0.5), 1e-5)
-        with jaxbn.linen.replace_batch_norm(momentum=0.0):
+        with jaxbn.linen.replacing(momentum=0.0):
             assert_close(moved(step(variables)), np.ones(4), 1e-5)
         for momentum in (0.25, 0.75):
-            ours = jaxbn.linen.replaced(model, momentum=momentum)
+            ours = jaxbn.linen.replace_batch_norm(model, momentum=momentum)
             new = jax.jit(lambda v, m=ours: apply(m, v)[1])(variables)
             assert_close(moved(new), np.full(4, 1 - momentum), 1e-5)
             assert_close(
@@ -150,10 +150,10 @@ def test_what_was_jitted_is_traced_anew(model):
 
 def test_replaced_modules_are_equal_by_value():
     model = Block()
-    ours = jaxbn.linen.replaced(model)
-    assert hash(ours) == hash(jaxbn.linen.replaced(Block()))
-    assert ours == jaxbn.linen.replaced(Block())
-    assert ours != jaxbn.linen.replaced(model, momentum=0.1)
+    ours = jaxbn.linen.replace_batch_norm(model)
+    assert hash(ours) == hash(jaxbn.linen.replace_batch_norm(Block()))
+    assert ours == jaxbn.linen.replace_batch_norm(Block())
+    assert ours != jaxbn.linen.replace_batch_norm(model, momentum=0.1)
     assert pickle.loads(pickle.dumps(ours)) == ours
     assert ours.clone() == ours
 
@@ -167,17 +167,19 @@ def test_contexts_in_contexts():
         def mean(ours, variables=variables):
             return apply(ours, variables)[1]["batch_stats"]["mean"] / X.mean(0)
 
-        outer = jaxbn.linen.replace_batch_norm(momentum=0.0, use_fast_variance=False)
+        outer = jaxbn.linen.replacing(momentum=0.0, use_fast_variance=False)
         for _ in range(2):  # A context may be entered again.
-            with outer, jaxbn.linen.replace_batch_norm(momentum=0.75):
+            with outer, jaxbn.linen.replacing(momentum=0.75):
                 assert_close(mean(model), np.full(4, 0.25), 1e-5)
-            with outer, jaxbn.linen.replace_batch_norm(unbiased=True):
+            with outer, jaxbn.linen.replacing(unbiased=True):
                 assert_close(mean(model), np.ones(4), 1e-5)
             with outer, outer:
                 assert_close(mean(model), np.ones(4), 1e-5)
-        inner = jaxbn.linen.replaced(model, momentum=0.75)
+        inner = jaxbn.linen.replace_batch_norm(model, momentum=0.75)
         assert_close(
-            mean(jaxbn.linen.replaced(inner, momentum=0.0)), np.full(4, 0.25), 1e-5
+            mean(jaxbn.linen.replace_batch_norm(inner, momentum=0.0)),
+            np.full(4, 0.25),
+            1e-5,
         )
         with outer:
             assert_close(mean(inner), np.full(4, 0.25), 1e-5)
@@ -192,7 +194,7 @@ def test_other_interceptors_entered_before():
         return call(*args, **kwargs)
 
     model = Plain()
-    with nn.intercept_methods(watch), jaxbn.linen.replace_batch_norm():
+    with nn.intercept_methods(watch), jaxbn.linen.replacing():
         model.init(jax.random.key(0), X)
     assert "BatchNorm" in seen
 
@@ -204,14 +206,14 @@ def test_replaced_keeps_paths_inside_other_modules():
         @nn.compact
         def __call__(self, x):
             block = Block()
-            return (jaxbn.linen.replaced(block) if self.wrap else block)(x)
+            return (jaxbn.linen.replace_batch_norm(block) if self.wrap else block)(x)
 
     class SetUp(nn.Module):
         wrap: bool
 
         def setup(self):
             block = Block()
-            self.block = jaxbn.linen.replaced(Block()) if self.wrap else block
+            self.block = jaxbn.linen.replace_batch_norm(Block()) if self.wrap else block
 
         def __call__(self, x):
             return self.block(x)
@@ -228,12 +230,12 @@ def test_replaced_keeps_paths_inside_other_modules():
 
 def test_methods_of_a_replaced_module():
     model = Block()
-    ours = jaxbn.linen.replaced(model)
+    ours = jaxbn.linen.replace_batch_norm(model)
     variables = model.init(jax.random.key(0), X)
     expected = model.apply(variables, X, method="encode")
     assert_close(ours.apply(variables, X, method="encode"), expected, 1e-5, 1e-6)
     assert_close(ours.apply(variables, X, method=Block.encode), expected, 1e-5, 1e-6)
-    plain = jaxbn.linen.replaced(Plain())
+    plain = jaxbn.linen.replace_batch_norm(Plain())
     own = plain.init(jax.random.key(0), X)
     by_class = jax.make_jaxpr(
         lambda v: plain.apply(v, X, method=Plain.__call__, mutable=["batch_stats"])
@@ -248,7 +250,7 @@ def test_methods_of_a_replaced_module():
         ours.apply(variables, X, method="decode")
     assert ours.bind(variables).encode(X).shape == X.shape
     assert ours.how == "plain"
-    table = jaxbn.linen.replaced(nn.Sequential([nn.Dense(2)]))
+    table = jaxbn.linen.replace_batch_norm(nn.Sequential([nn.Dense(2)]))
     assert len(table.layers) == 1
 
 
@@ -259,12 +261,14 @@ def test_overrides_win_in_linen():
     def mean(new):
         return new["batch_stats"]["BatchNorm_0"]["mean"]
 
-    half = mean(apply(jaxbn.linen.replaced(model), variables)[1])
-    all_ = mean(apply(jaxbn.linen.replaced(model, momentum=0.0), variables)[1])
+    half = mean(apply(jaxbn.linen.replace_batch_norm(model), variables)[1])
+    all_ = mean(
+        apply(jaxbn.linen.replace_batch_norm(model, momentum=0.0), variables)[1]
+    )
     assert_close(all_, 2 * half, 1e-5)
     own = nn.Sequential([jaxbn.linen.BatchNorm(False, momentum=0.5)])
     variables = own.init(jax.random.key(0), X)
-    with jaxbn.linen.replace_batch_norm(momentum=0.0):
+    with jaxbn.linen.replacing(momentum=0.0):
         _, new = apply(own, variables)
     assert_close(new["batch_stats"]["layers_0"]["mean"], X.mean(0), 1e-5)
     _, new = apply(own, variables)
@@ -278,7 +282,7 @@ def test_a_model_becomes_synchronized():
     mesh = jax.make_mesh((8,), ("data",))
 
     def step(x):
-        ours = jaxbn.linen.replaced(model, axis_name="data")
+        ours = jaxbn.linen.replace_batch_norm(model, axis_name="data")
         y, new = apply(ours, variables, x)
         return y, new["batch_stats"]
 
@@ -286,14 +290,14 @@ def test_a_model_becomes_synchronized():
         step, mesh=mesh, in_specs=P("data"), out_specs=(P("data"), P())
     )
     y, stats = spread(jax.device_put(X, jax.NamedSharding(mesh, P("data"))))
-    alone, expected = apply(jaxbn.linen.replaced(model), variables)
+    alone, expected = apply(jaxbn.linen.replace_batch_norm(model), variables)
     assert_close(y, alone, 1e-5, 1e-6)
     assert_close(stats["var"], expected["batch_stats"]["var"], 1e-5)
 
 
 def test_intermediates_and_tables_name_each_layer_once():
     model = nn.Sequential([nn.BatchNorm(False), nn.Dense(2)])
-    ours = jaxbn.linen.replaced(model)
+    ours = jaxbn.linen.replace_batch_norm(model)
     variables = ours.init(jax.random.key(0), X)
     _, new = ours.apply(
         variables, X, mutable=["batch_stats"], capture_intermediates=True
@@ -322,27 +326,27 @@ def test_linen_refuses():
     model = nn.Sequential([Odd(use_running_average=False)])
     for ours in (model, nn.remat(Odd)(use_running_average=False)):
         refused = pytest.raises(TypeError, match=r"Odd at .* is a subclass")
-        with jaxbn.linen.replace_batch_norm(), refused:
+        with jaxbn.linen.replacing(), refused:
             ours.init(jax.random.key(0), X)
     with pytest.raises(TypeError, match=r"`overrides` has \['axisname'\]"):
-        jaxbn.linen.replace_batch_norm(axisname="data")
+        jaxbn.linen.replacing(axisname="data")
     for fixed in ("parent", "use_running_average", "use_bias", "param_dtype"):
         with pytest.raises(TypeError, match=rf"`overrides` has \['{fixed}'\]"):
-            jaxbn.linen.replaced(model, **{fixed: None})
+            jaxbn.linen.replace_batch_norm(model, **{fixed: None})
     with pytest.raises(TypeError, match="`momentum` must be hashable"):
-        jaxbn.linen.replaced(model, momentum=jnp.ones(4))
+        jaxbn.linen.replace_batch_norm(model, momentum=jnp.ones(4))
     bound = Block().bind(Block().init(jax.random.key(0), X))
     with pytest.raises(ValueError, match="`module`, Block, is bound to variables"):
-        jaxbn.linen.replaced(bound)
+        jaxbn.linen.replace_batch_norm(bound)
     with pytest.raises(TypeError, match=r"`module` must be a `flax.linen.Module`, got"):
-        jaxbn.linen.replaced(nnx.BatchNorm(2, rngs=nnx.Rngs(0)))
+        jaxbn.linen.replace_batch_norm(nnx.BatchNorm(2, rngs=nnx.Rngs(0)))
 
 
 def test_a_module_is_what_it_was_after_an_error():
     model = nn.BatchNorm(use_running_average=False)
     bound = model.bind(model.init(jax.random.key(0), X), mutable=["batch_stats"])
     refused = pytest.raises(ValueError, match="is for features of shape")
-    with jaxbn.linen.replace_batch_norm(momentum=0.25), refused:
+    with jaxbn.linen.replacing(momentum=0.25), refused:
         bound(X[:, :2])
     assert type(bound) is nn.BatchNorm
     assert bound.momentum == 0.99
@@ -441,7 +445,7 @@ def test_nnx_windows_and_steps():
     before = graph(net)
     with jaxbn.nnx.replace_batch_norm(net, accumulate=True):
         net(X)
-        jaxbn.nnx.commit(net)
+        jaxbn.nnx.end_accumulation(net)
     assert graph(net) == before
     with pytest.raises(ValueError, match="'first' has counted none"):
         jaxbn.nnx.replace_batch_norm(net, momentum=jaxbn.cumulative())
@@ -556,7 +560,7 @@ def check_third_party(model, run, layers):
     """Same variables, output and statistics; and synchronized, which it was not."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(1, 1, size=(8, 16, 16, 3)), jnp.float32)
-    ours = jaxbn.linen.replaced(model)
+    ours = jaxbn.linen.replace_batch_norm(model)
     shapes, own = (jax.eval_shape(m.init, jax.random.key(0), x) for m in (model, ours))
     assert own == shapes
     positive = lambda s: jnp.asarray(rng.uniform(0.1, 0.4, s.shape), s.dtype)
@@ -570,7 +574,7 @@ def check_third_party(model, run, layers):
         assert jax.tree.structure(got) == jax.tree.structure(expected)
         jax.tree.map(lambda a, b: assert_close(a, b, 1e-3, 1e-3), got, expected)
 
-    synchronized = jaxbn.linen.replaced(model, axis_name="data")
+    synchronized = jaxbn.linen.replace_batch_norm(model, axis_name="data")
     mesh = jax.make_mesh((8,), ("data",))
     spread = jax.shard_map(
         lambda v, x: run(synchronized, v, x, True),

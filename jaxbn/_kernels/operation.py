@@ -105,7 +105,7 @@ def _jvp(primals, tangents, general: ClosedJaxpr, **params):
 def _batch(leaves, axes, general: ClosedJaxpr, demanded: bool, **params):
     if demanded:
         raise NotImplementedError(
-            "`implementation` is 'cpu', but the kernels cannot be used under "
+            "`implementation` is 'native', but the kernels cannot be used under "
             "`jax.vmap`. Leave it out to have XLA compute there."
         )
     out = jax.vmap(jaxpr_as_fun(general), axes)(*leaves)
@@ -116,7 +116,7 @@ def _lower(ctx, *leaves, platform: str | None, general, special, platforms, dema
     chosen = platform in platforms
     if demanded and not chosen:
         raise NotImplementedError(
-            "`implementation` is 'cpu', but the program is lowered for another "
+            "`implementation` is 'native', but the program is lowered for another "
             f"platform ({', '.join(ctx.module_context.platforms)}). Leave it out to "
             "have XLA compute there."
         )

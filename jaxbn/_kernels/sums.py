@@ -61,19 +61,19 @@ def choose(
     if implementation == "xla":
         return None
     obstacle = _obstacle(x, feature_axes, weights, dtypes)
-    if obstacle and implementation == "cpu":
+    if obstacle and implementation == "native":
         raise ValueError(
-            f"`implementation` is 'cpu', but the kernels cannot be used: {obstacle} "
+            f"`implementation` is 'native', but the kernels cannot be used: {obstacle} "
             "Leave it out to have XLA compute where they cannot."
         )
-    return None if obstacle else Chosen(feature_axes, implementation == "cpu")
+    return None if obstacle else Chosen(feature_axes, implementation == "native")
 
 
 def require_implementation(implementation: str | None) -> None:
     """Refuses another word than those that there are."""
-    if implementation not in (None, "xla", "cpu"):
+    if implementation not in (None, "xla", "native"):
         raise ValueError(
-            f"`implementation` must be None, 'xla' or 'cpu', got {implementation!r}."
+            f"`implementation` must be None, 'xla' or 'native', got {implementation!r}."
         )
 
 

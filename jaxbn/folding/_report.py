@@ -16,7 +16,7 @@ INFERENCE = (
 NOTHING = (
     "No batch norm of jaxbn found. Fold a function that infers by running statistics "
     "(`training=False`, `use_running_average=True`); if its layers are Flax's, replace "
-    "them by `jaxbn.linen.replaced` or `jaxbn.nnx.replace_batch_norm`."
+    "them by `jaxbn.linen.replace_batch_norm` or `jaxbn.nnx.replace_batch_norm`."
 )
 RULES = ("custom_vjp_call", "custom_jvp_call")
 

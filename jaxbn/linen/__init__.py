@@ -2,8 +2,8 @@
 
 from jaxbn.linen._batch_norm import BatchNorm as BatchNorm
 from jaxbn.linen._replace import replace_batch_norm as replace_batch_norm
-from jaxbn.linen._replace import replaced as replaced
-from jaxbn.linen._statistics import commit as commit
+from jaxbn.linen._replace import replacing as replacing
+from jaxbn.linen._statistics import end_accumulation as end_accumulation
 from jaxbn.linen._statistics import load_stats as load_stats
 from jaxbn.linen._statistics import moments_fn as moments_fn
 from jaxbn.linen._statistics import running_stats as running_stats

@@ -45,16 +45,16 @@ class BatchNorm(Adapter, nn.BatchNorm):
       unbiased: Track the variance times n/(n − 1).
       derivatives: "vjp" or "jvp", as for `jaxbn.batch_norm`.
       implementation: What computes the sums of a batch, as for `jaxbn.moments`: None,
-        "xla" or "cpu".
+        "xla" or "native".
       example_weight: Weight of an example's own moments at inference, as for
         `jaxbn.layers.standard`.
       pseudo_samples: How many examples the running statistics count as at inference,
         beside those of the batch; None leaves the batch out. As for
         `jaxbn.layers.standard`.
       accumulate: Make one step of the statistics for several micro-batches, equal to
-        that of all of them in one batch: until `jaxbn.linen.commit` closes the window.
-        A layer that is called twice in a pass takes both inputs for one batch.
-        The window's pooled moments and the statistics at its start are the collection
+        that of all of them in one batch, until `jaxbn.linen.end_accumulation`. A layer
+        that is called twice in a pass takes both inputs for one batch. The window's
+        pooled moments and the statistics at its start are the collection
         `batch_moments`, which must be passed along, and mutable in training.
       (others): As in `flax.linen.BatchNorm`.
 

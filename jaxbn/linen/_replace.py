@@ -22,7 +22,7 @@ FIELDS = {f.name for f in dataclasses.fields(BatchNorm)} - FIXED
 _overrides = jax.make_user_context(None)
 
 
-def replace_batch_norm(**overrides: Any) -> "Context":
+def replacing(**overrides: Any) -> "Context":
     """A context in which every `flax.linen.BatchNorm` computes as jaxbn's.
 
     Paths, variables and initial values stay those of the model, a third party's
@@ -51,7 +51,7 @@ def replace_batch_norm(**overrides: Any) -> "Context":
       >>> net = nn.BatchNorm(use_running_average=False, momentum=0.5)
       >>> x = jnp.array([[1.0], [jnp.nan]])
       >>> mask = jnp.array([[True], [False]])
-      >>> with jaxbn.linen.replace_batch_norm(momentum=0.0):
+      >>> with jaxbn.linen.replacing(momentum=0.0):
       ...     variables = net.init(jax.random.key(0), x)
       ...     y, new = net.apply(variables, x, mask=mask, mutable=["batch_stats"])
       >>> print(new["batch_stats"]["mean"])
@@ -63,16 +63,16 @@ def replace_batch_norm(**overrides: Any) -> "Context":
     return Context(_checked(overrides))
 
 
-def replaced(module: nn.Module, **overrides: Any) -> nn.Module:
+def replace_batch_norm(module: nn.Module, **overrides: Any) -> nn.Module:
     """A model in which every `flax.linen.BatchNorm` computes as jaxbn's.
 
-    It wraps a model, stands in its place, and calls it inside `replace_batch_norm`, so
-    that nothing else is to be changed: not where it is initialized, jitted or called.
+    It wraps a model, stands in its place, and calls it inside `replacing`, so that
+    nothing else is to be changed: not where it is initialized, jitted or called.
 
     Args:
       module: A model, made outside or inside another module; not one that `bind`
         returned. A submodule that is also used outside of it is another one there.
-      **overrides: As for `replace_batch_norm`.
+      **overrides: As for `replacing`.
 
     Returns:
       A module with the call, the methods and the fields of `module`, whose variables
@@ -80,7 +80,7 @@ def replaced(module: nn.Module, **overrides: Any) -> nn.Module:
       are called by name (`apply(..., method="encode")`), as its own, or as the class's.
 
     Raises:
-      TypeError: `module` is no linen module, or as for `replace_batch_norm`.
+      TypeError: `module` is no linen module, or as for `replacing`.
       ValueError: `module` is bound to variables.
 
     Example:
@@ -88,7 +88,7 @@ def replaced(module: nn.Module, **overrides: Any) -> nn.Module:
       >>> net = nn.Sequential([nn.Dense(2), nn.BatchNorm(use_running_average=True)])
       >>> x = jnp.ones((4, 3))
       >>> variables = net.init(jax.random.key(0), x)
-      >>> ours = jaxbn.linen.replaced(net, use_fast_variance=False)
+      >>> ours = jaxbn.linen.replace_batch_norm(net, use_fast_variance=False)
       >>> bool(jnp.allclose(ours.apply(variables, x), net.apply(variables, x)))
       True
 
@@ -105,7 +105,7 @@ def replaced(module: nn.Module, **overrides: Any) -> nn.Module:
     if module.scope is not None and made.scope is None:
         raise ValueError(
             f"`module`, {type(module).__name__}, is bound to variables. Pass the "
-            "module itself, and bind what `replaced` returns."
+            "module itself, and bind what `replace_batch_norm` returns."
         )
     return made
 
@@ -147,7 +147,7 @@ class Unbound:
 
 
 class Replaced(nn.Module):
-    """A module that calls another one, in its own scope, by `replace_batch_norm`.
+    """A module that calls another one, in its own scope, inside `replacing`.
 
     `nn.share_scope` would put the variables of the other one in this scope, but leave
     the keys and the paths of a child to what is inside it.

@@ -92,7 +92,7 @@ def load_stats(variables: Variables, stats: Mapping[str, RunningStats]) -> dict:
         batch_stats = _with(batch_stats, path, new)
     loaded = {**variables, "batch_stats": batch_stats}
     if _windows(variables):
-        return commit(_like(variables, loaded))
+        return end_accumulation(_like(variables, loaded))
     return _like(variables, loaded)
 
 
@@ -180,7 +180,7 @@ def _measure(
     return {path: recording.moments_of(found[path]) for path in layers}, number + 1
 
 
-def commit(variables: Variables) -> dict:
+def end_accumulation(variables: Variables) -> dict:
     """Closes the windows of all layers with `accumulate`: the step is done.
 
     The statistics of the window, which are those of all its micro-batches in one batch,
@@ -208,7 +208,7 @@ def commit(variables: Variables) -> dict:
       ...     variables |= new
       >>> print(variables["batch_stats"]["mean"])  # (0 + 4) / 2: one step
       [2.]
-      >>> variables = jaxbn.linen.commit(variables)
+      >>> variables = jaxbn.linen.end_accumulation(variables)
 
     References:
       https://optax.readthedocs.io/en/latest/api/optimizer_wrappers.html

@@ -1,5 +1,6 @@
 """The variants of batch norm as linen modules: fields of their own, and their layer."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -124,7 +125,7 @@ class DomainBatchNorm(Variant):
       Chang et al., "Domain-Specific Batch Normalization" (2019).
     """
 
-    num_domains: int = 2
+    num_domains: int = dataclasses.field(kw_only=True)
     shared_affine: bool = False
     use_fast_variance: bool = True
     unbiased: bool = False

@@ -7,7 +7,7 @@ from jaxbn.nnx._ghost import GhostBatchNorm as GhostBatchNorm
 from jaxbn.nnx._in_place import InPlaceBatchNorm as InPlaceBatchNorm
 from jaxbn.nnx._renorm import BatchRenorm as BatchRenorm
 from jaxbn.nnx._replace import replace_batch_norm as replace_batch_norm
-from jaxbn.nnx._statistics import commit as commit
+from jaxbn.nnx._statistics import end_accumulation as end_accumulation
 from jaxbn.nnx._statistics import load_stats as load_stats
 from jaxbn.nnx._statistics import moments_fn as moments_fn
 from jaxbn.nnx._statistics import running_stats as running_stats

@@ -52,16 +52,16 @@ class BatchNorm(nnx.BatchNorm):
       unbiased: Track the variance times n/(n − 1).
       derivatives: "vjp" or "jvp", as for `jaxbn.batch_norm`.
       implementation: What computes the sums of a batch, as for `jaxbn.moments`: None,
-        "xla" or "cpu".
+        "xla" or "native".
       example_weight: Weight of an example's own moments at inference, as for
         `jaxbn.layers.standard`.
       pseudo_samples: How many examples the running statistics count as at inference,
         beside those of the batch; None leaves the batch out. As for
         `jaxbn.layers.standard`.
       accumulate: Make one step of the statistics for several micro-batches, equal to
-        that of all of them in one batch: until `jaxbn.nnx.commit` closes the window. A
-        layer that is called twice in a pass takes both inputs for one batch.
-        The window's pooled moments and the statistics at its start are the variables
+        that of all of them in one batch, until `jaxbn.nnx.end_accumulation`. A layer
+        that is called twice in a pass takes both inputs for one batch. The window's
+        pooled moments and the statistics at its start are the variables
         `batch_moments`, of type `BatchMoments`, a kind of `nnx.BatchStat`.
       (others): As in `flax.nnx.BatchNorm`.
 

@@ -44,7 +44,7 @@ class DomainBatchNorm(Variant):
         self,
         num_features: int | tuple[int, ...],
         *,
-        num_domains: int = 2,
+        num_domains: int,
         shared_affine: bool = False,
         use_fast_variance: bool = True,
         unbiased: bool = False,

@@ -179,7 +179,7 @@ def _streams_of(model: nnx.Module, call: dict[str, Any]) -> list[nnx.RngState]:
     return [node for node in nodes if isinstance(node, nnx.RngState)]
 
 
-def commit(model: nnx.Module) -> None:
+def end_accumulation(model: nnx.Module) -> None:
     """Closes the windows of all layers with `accumulate`: the step is done.
 
     The statistics of the window, which are those of all its micro-batches in one batch,
@@ -205,7 +205,7 @@ def commit(model: nnx.Module) -> None:
       ...     y = layer(micro_batch)
       >>> print(layer.mean[...])  # (0 + 4) / 2: one step
       [2.]
-      >>> jaxbn.nnx.commit(layer)
+      >>> jaxbn.nnx.end_accumulation(layer)
 
     References:
       https://optax.readthedocs.io/en/latest/api/optimizer_wrappers.html
