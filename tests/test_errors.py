@@ -282,7 +282,24 @@ CASES = {
     "linen mask that does not broadcast": (
         lambda: linen(mask=jnp.ones(4)),
         ValueError,
-        ["`mask` has shape (4,)", "`x` of shape (4, 3)", "`mask[:, None]`"],
+        ["`mask` has shape (4,)", "`x` (4, 3)", "`mask[:, None]`", "`mask[None]`"],
+    ),
+    "linen mask of a rank that may mean two things": (
+        lambda: linen(jnp.ones((3, 3, 3)), mask=jnp.ones(3)),
+        ValueError,
+        ["`mask` has shape (3,)", "`mask[:, None, None]`", "`mask[None]`"],
+    ),
+    "nnx mask of the first axes": (
+        lambda: nnx_(jnp.ones((4, 5, 3)), mask=jnp.ones((4, 5))),
+        ValueError,
+        ["`mask` has shape (4, 5)", "(4, 5, 3)", "`mask[:, :, None]`"],
+    ),
+    "ghost's mask of the first axes": (
+        lambda: jaxbn.nnx.GhostBatchNorm(3, group_size=2, rngs=nnx.Rngs(0))(
+            jnp.ones((4, 5, 2, 3)), mask=jnp.ones((4, 5, 2), bool)
+        ),
+        ValueError,
+        ["`mask` has shape (4, 5, 2)", "`mask[:, :, :, None]`"],
     ),
     "linen statistics of other features": (
         lambda: linen(jnp.ones((4, 5))),
@@ -309,7 +326,7 @@ CASES = {
         ["`mask` has shape (4,)", "`mask[:, None]`"],
     ),
     "nnx complex mask": (
-        lambda: nnx_(mask=C),
+        lambda: nnx_(mask=C[None]),
         TypeError,
         ["`mask` must be boolean or real", "complex64"],
     ),

@@ -143,6 +143,22 @@ def like_mean(x: jax.Array, mean: jax.Array, remedy: str) -> jax.Array:
 
 
 def require_mask(mask: ArrayLike | None, x: jax.Array) -> None:
-    """Refuses a mask that the verbs would refuse as `weights`."""
-    if mask is not None:
-        _axes.weights_like(mask, x, _dtypes.accumulation(x.dtype), "mask")
+    """Refuses a mask that the verbs would refuse, or that may mean two things."""
+    if mask is None:
+        return
+    shape = np.shape(mask)
+    index = ", ".join([":"] * len(shape) + ["None"] * (x.ndim - len(shape)))
+    by_example = f"`mask[{index}]`"
+    if len(shape) == 1 < x.ndim:
+        raise ValueError(
+            f"`mask` has shape {shape}, `x` {x.shape}: NumPy lays it along the last "
+            f"axis. For a number per example write {by_example}, for one per entry of "
+            "the last axis `mask[None]`."
+        )
+    ends = shape == x.shape[x.ndim - len(shape) :]
+    if len(shape) < x.ndim and shape == x.shape[: len(shape)] and not ends:
+        raise ValueError(
+            f"`mask` has shape {shape}, the first axes of `x`, {x.shape}, and NumPy "
+            f"aligns the last ones. Write {by_example}."
+        )
+    _axes.weights_like(mask, x, _dtypes.accumulation(x.dtype), "mask")
