@@ -1,5 +1,6 @@
 """The family's Flax modules: each is its layer, with variables."""
 
+import functools
 import inspect
 from functools import partial
 
@@ -16,6 +17,7 @@ from spread import mesh_of
 
 import jaxbn
 from jaxbn import layers
+from jaxbn._flax import fields
 
 IDS = np.array([0, 2, 0, 2, 2, 0, 2, 0])
 EMBEDDINGS = np.random.default_rng(3).normal(size=(8, 2)).astype(np.float32)
@@ -156,7 +158,7 @@ def test_every_option_of_the_layer_is_one_of_the_module(modules, name):
     options = set(inspect.signature(factory).parameters)
     fields = set(inspect.signature(cls.__init__).parameters)
     if "common" in fields:
-        fields |= set(inspect.signature(jaxbn.nnx._variant.Variant.__init__).parameters)
+        fields |= set(inspect.signature(jaxbn.nnx._adapter.Variant.__init__).parameters)
     assert options - fields <= {"feature_axes", "stats_dtype"}
     flax = {"use_running_average", "axis", "bias_init", "scale_init", "kernel_init"}
     flax |= {"self", "parent", "name", "num_features", "rngs", "common", "accumulate"}
@@ -255,3 +257,29 @@ def test_domains_count_their_own_steps():
     )
     module(X, domain_ids=IDS)
     np.testing.assert_array_equal(module.step[...], [1, 0, 1])
+
+
+def test_an_option_that_no_module_passes_is_an_error(monkeypatch):
+    """It is not ignored: whoever adds an option to a layer hears of the modules."""
+
+    @functools.wraps(layers.ghost)
+    def extended(**options):
+        return layers.ghost(**options)
+
+    own = inspect.signature(layers.ghost)
+    new = inspect.Parameter("novelty", inspect.Parameter.KEYWORD_ONLY, default=0)
+    extended.__signature__ = own.replace(parameters=[*own.parameters.values(), new])
+    monkeypatch.setitem(fields.OPTIONS, extended, fields.OPTIONS[layers.ghost])
+    monkeypatch.setattr(layers, "ghost", extended)
+    x, words = jnp.ones((4, 3)), r"`ghost` has options that no module passes.*novelty"
+    with pytest.raises(TypeError, match=words):
+        jaxbn.nnx.GhostBatchNorm(3, group_size=2, rngs=nnx.Rngs(0))
+    module = jaxbn.linen.GhostBatchNorm(False, group_size=2)
+    with pytest.raises(TypeError, match=words):
+        module.apply(module.init(jax.random.key(0), x), x, mutable=["batch_stats"])
+
+
+@pytest.mark.parametrize("make", fields.OPTIONS)
+def test_modules_pass_every_option_of_their_layer(make):
+    passed = {*fields.COMMON, *fields.OPTIONS[make], *fields.OF_THE_INPUT}
+    assert passed == set(inspect.signature(make).parameters)

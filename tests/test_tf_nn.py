@@ -112,8 +112,9 @@ def test_a_shift_is_used():
     truth = oracle.moments(x, (0,)).var[0]
     for shift, tol in ((None, 1e-5), (x[0], 1e-5), (x[:1], 1e-5), (1e4, 1e-5)):
         assert_close(tf_nn.moments(x, [0], shift)[1], truth, tol)
-    far = tf_nn.moments(x, [0], 0.0)[1]
-    assert np.max(np.abs(far - truth)) > 0.1  # one pass about 0
+    # One pass about 0, by XLA: the CPU kernels need no shift, and are not for vmap.
+    (far,) = jax.vmap(lambda x: tf_nn.moments(x, [0], 0.0)[1])(x[None])
+    assert np.max(np.abs(far - truth)) > 0.1
 
 
 def test_a_shift_is_data():
@@ -428,7 +429,7 @@ ERRORS = {
     "no offset": (
         lambda: tf_nn.fused_batch_norm(X, V, None),
         TypeError,
-        "`offset` must be a floating or complex array, got None",
+        "`offset` must be an array, got None",
     ),
     "traced is_training": (
         lambda: jax.jit(

@@ -14,6 +14,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxbn import _axes, _devices, _dtypes, layers
+from jaxbn.layers._made import signature
 
 LATE_MOMENTUM = (
     "`momentum` became a function of the step after the module was made, so that no "
@@ -21,20 +22,69 @@ LATE_MOMENTUM = (
 )
 
 
+# What a module passes to its layer: fields of its own with the names of the options.
+COMMON = ("momentum", "epsilon", "use_scale", "use_bias", "axis_name", "dtype")
+COMMON += ("param_dtype", "implementation")
+OPTIONS: dict[Callable[..., layers.Layer], tuple[str, ...]] = {
+    layers.standard: (
+        "use_fast_variance",
+        "unbiased",
+        "axis_index_groups",
+        "derivatives",
+        "example_weight",
+        "pseudo_samples",
+    ),
+    layers.ghost: (
+        "group_size",
+        "num_groups",
+        "strided",
+        "update_per_group",
+        "use_fast_variance",
+        "unbiased",
+        "derivatives",
+    ),
+    layers.renorm: (
+        "r_max",
+        "d_max",
+        "use_fast_variance",
+        "axis_index_groups",
+        "derivatives",
+    ),
+    layers.domain: ("num_domains", "shared_affine", "use_fast_variance", "unbiased"),
+    layers.conditional: (
+        "num_classes",
+        "embedding_size",
+        "use_fast_variance",
+        "unbiased",
+        "axis_index_groups",
+    ),
+    layers.streaming: ("axis_index_groups",),
+    layers.in_place: (
+        "activation",
+        "negative_slope",
+        "use_fast_variance",
+        "unbiased",
+        "axis_index_groups",
+    ),
+}
+# What is no field of a module: it depends on the input.
+OF_THE_INPUT = {"feature_axes", "stats_dtype"}
+
+
 def layer(
     make: Callable[..., layers.Layer], module: Any, *, exact: bool = False, **given: Any
 ):
     """The layer that `make` makes of the module's fields, and before them of `given`.
 
-    A field and an option of the same name are the same thing. `exact` has statistics
-    computed in two passes, whatever the module says.
+    `exact` has statistics computed in two passes, whatever the module says.
     """
-    options = {
-        name: getattr(module, name)
-        for name in inspect.signature(make).parameters
-        if hasattr(module, name)
-    }
-    options |= given
+    names = {*COMMON, *OPTIONS[make]}
+    if missing := set(signature(make).parameters) - names - OF_THE_INPUT:
+        raise TypeError(
+            f"`{make.__name__}` has options that no module passes: {sorted(missing)}. "
+            "Add them to `OPTIONS`, and to the modules as fields."
+        )
+    options = {name: getattr(module, name) for name in names - set(given)} | given
     if exact and "use_fast_variance" in options:
         options["use_fast_variance"] = False
     if module.accumulate and getattr(module, "update_per_group", False):

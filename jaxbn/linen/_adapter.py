@@ -59,9 +59,9 @@ class Adapter(nn.Module):
         )
 
     @nn.nowrap
-    def _of_the_step(self) -> tuple:
-        """What may be a function of the step, which then is kept."""
-        return (self.momentum,)  # type: ignore  (a field of every module)
+    def _keeps_step(self) -> bool:
+        """Whether something is a function of the step, which then is kept."""
+        return callable(self.momentum)  # type: ignore  (a field of every module)
 
     @nn.nowrap
     def _stats_dtype(self) -> Any:
@@ -177,7 +177,7 @@ class Adapter(nn.Module):
         """The variables of `batch_stats`, by their names."""
         names = list(state._fields)
         given = self.has_variable("batch_stats", "mean")
-        if not any(callable(value) for value in self._of_the_step()):
+        if not self._keeps_step():
             names.remove("step")
         elif given and not self.has_variable("batch_stats", "step"):
             if training:

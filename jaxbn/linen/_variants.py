@@ -54,8 +54,10 @@ class GhostBatchNorm(Variant):
 
     @nn.nowrap
     def _layer(self, **given: Any) -> layers.Layer:
-        make = layers.standard if self.is_initializing() else layers.ghost
-        return fields.layer(make, self, **given)
+        if not self.is_initializing():
+            return fields.layer(layers.ghost, self, **given)
+        given |= {"axis_index_groups": None, "example_weight": 0.0}
+        return fields.layer(layers.standard, self, **given, pseudo_samples=None)
 
 
 class BatchRenorm(Variant):
@@ -96,8 +98,8 @@ class BatchRenorm(Variant):
         return fields.layer(layers.renorm, self, **given)
 
     @nn.nowrap
-    def _of_the_step(self) -> tuple:
-        return self.momentum, self.r_max, self.d_max
+    def _keeps_step(self) -> bool:
+        return any(map(callable, (self.momentum, self.r_max, self.d_max)))
 
 
 class DomainBatchNorm(Variant):
@@ -226,8 +228,8 @@ class StreamingBatchNorm(Variant):
         return fields.layer(layers.streaming, self, **given)
 
     @nn.nowrap
-    def _of_the_step(self) -> tuple:
-        return (layers.streaming,)  # Debiasing is: whatever `momentum` is.
+    def _keeps_step(self) -> bool:
+        return True  # Debiasing is a function of it, whatever `momentum` is.
 
 
 class InPlaceBatchNorm(Variant):

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from jaxbn import _axes, _devices, layers
 from jaxbn._flax import fields, recording
 from jaxbn._running_stats import Momentum, RunningStats, init_stats
-from jaxbn.nnx._variant import is_training, recorder, run, statistics
+from jaxbn.nnx._adapter import is_training, recorder, run, statistics
 
 
 class BatchNorm(nnx.BatchNorm):

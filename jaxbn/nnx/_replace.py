@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxbn._flax import recording
+from jaxbn.nnx._adapter import recorder, statistics
 from jaxbn.nnx._batch_norm import BatchNorm
-from jaxbn.nnx._variant import recorder, statistics
 
 VARIABLES = ("mean", "var", "scale", "bias", "step")
 OPTIONS = set(inspect.signature(BatchNorm.__init__).parameters) - {"self", "rngs"}

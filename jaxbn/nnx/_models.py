@@ -10,8 +10,8 @@ from flax import nnx
 from jaxbn._flax import calls, model_stats, recording
 from jaxbn._moments import Moments
 from jaxbn._running_stats import RunningStats
+from jaxbn.nnx._adapter import Variant, recorder, statistics
 from jaxbn.nnx._batch_norm import BatchNorm
-from jaxbn.nnx._variant import Variant, recorder, statistics
 
 
 def running_stats(model: nnx.Module) -> dict[str, RunningStats]:

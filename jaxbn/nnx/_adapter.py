@@ -186,8 +186,8 @@ class Variant(nnx.Module):
             init = getattr(self, f"{name.rpartition('_')[2]}_init")
             value = init(rngs.params(), like.shape, param_dtype)
             setattr(self, name, nnx.Param(value))
-        stepped = any(callable(value) for value in self._of_the_step())
-        self._kept = tuple(n for n in state._fields if n != "step" or stepped)
+        kept = state._fields if self._keeps_step() else state._fields[:-1]
+        self._kept = tuple(kept)
         for name in self._kept:
             setattr(self, name, nnx.BatchStat(getattr(state, name)))
         self.batch_moments = nnx.data(None)
@@ -227,9 +227,9 @@ class Variant(nnx.Module):
             "`jaxbn.layers.Layer` that it holds the variables of."
         )
 
-    def _of_the_step(self) -> tuple:
-        """What may be a function of the step, which then is kept."""
-        return (self.momentum,)
+    def _keeps_step(self) -> bool:
+        """Whether something is a function of the step, which then is kept."""
+        return callable(self.momentum)
 
     def _run(self, x, use_running_average, mask, **inputs: Any) -> jax.Array:
         training = is_training(self, use_running_average)
