@@ -16,12 +16,7 @@ Axes = int | Sequence[int]
 
 def canonical(axes: Axes, ndim: int, name: str = "feature_axes") -> tuple[int, ...]:
     """`axes` as distinct, non-negative integers in ascending order."""
-    try:
-        given = _integers(axes)
-    except TypeError:
-        raise TypeError(
-            f"`{name}` must be an integer or a tuple of integers, got {axes!r}."
-        ) from None
+    given = integers(axes, name)
     for axis in given:
         if not -ndim <= axis < ndim:
             raise ValueError(
@@ -39,12 +34,7 @@ def canonical(axes: Axes, ndim: int, name: str = "feature_axes") -> tuple[int, .
 
 def shape(features: int | Sequence[int], name: str = "features") -> tuple[int, ...]:
     """`features` as the shape of a feature vector."""
-    try:
-        found = _integers(features)
-    except TypeError:
-        raise TypeError(
-            f"`{name}` must be an integer or a tuple of integers, got {features!r}."
-        ) from None
+    found = integers(features, name)
     if any(n < 0 for n in found):
         raise ValueError(f"`{name}` must not be negative, got {features!r}.")
     return found
@@ -142,5 +132,11 @@ def weights_like(
     return weights if weights.dtype == jnp.bool_ else weights.astype(dtype)
 
 
-def _integers(values: int | Sequence[int]) -> tuple[int, ...]:
-    return tuple(operator.index(v) for v in np.atleast_1d(np.asarray(values, object)))
+def integers(values: int | Sequence[int], name: str) -> tuple[int, ...]:
+    """One integer or several as a tuple."""
+    try:
+        return tuple(map(operator.index, np.atleast_1d(np.asarray(values, object))))
+    except TypeError:
+        raise TypeError(
+            f"`{name}` must be an integer or a tuple of integers, got {values!r}."
+        ) from None

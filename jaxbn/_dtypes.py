@@ -101,6 +101,8 @@ def known(value: ArrayLike) -> np.ndarray | None:
     """The numbers of `value`; None where they are traced, or on other machines."""
     if isinstance(value, Tracer):
         return None
+    if (as_jax := getattr(value, "__jax_array__", None)) is not None:
+        return known(as_jax())
     if isinstance(value, jax.Array) and not value.is_fully_addressable:
         return None
     numbers = np.asarray(value)

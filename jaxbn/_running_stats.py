@@ -87,10 +87,11 @@ def update(
       unbiased: Take the batch's variance times n/(n − 1) where n > 1.
 
     Returns:
-      `RunningStats` with the dtypes of `stats`. In float16 and bfloat16, a step that
-      is too small for them leads to the next number towards the batch's: the average
-      is then over fewer batches than `momentum` says. Features without weight keep
-      their values; the step counts if any feature had weight. No gradient passes.
+      `RunningStats` with the dtypes of `stats`. In float16 and bfloat16, rounding is
+      random, by a hash of what is rounded and of `stats.step`, so that small steps are
+      not lost; at step 0, and so where steps are not counted, a step that is too small
+      leads to the next number. Features without weight keep their values; the step
+      counts if any feature had weight. No gradient passes.
 
     Raises:
       TypeError: Complex moments for real statistics, or `unbiased` is not a bool.
@@ -130,26 +131,51 @@ def stepped(
     """Statistics after a step to `mean` and `var`, in which the batch has a share."""
     had_weight = _devices.any_feature(count > 0, stats.mean, stats.step)
     step = stats.step + had_weight.astype(stats.step.dtype)
-    mean, var = _stored(stats.mean, mean, share), _stored(stats.var, var, share)
+    mean = _stored(stats.mean, mean, share, stats.step)
+    var = _stored(stats.var, var, share, stats.step)
     return RunningStats(mean, var, step)
 
 
-def _stored(old: jax.Array, new: jax.Array, share: jax.Array) -> jax.Array:
-    """`new` in the dtype of `old`, but not rounded back to `old` on its way.
+def _stored(
+    old: jax.Array, new: jax.Array, share: jax.Array, step: jax.Array
+) -> jax.Array:
+    """`new` in the dtype of `old`; in a narrow one, not rounded back to `old` for good.
 
     In bfloat16 a step of 1 % of the distance is less than half of the distance to the
-    next number, long before the batch's own value is reached.
+    next number, long before the batch's own value is reached. So rounding is random,
+    and right on average; the step number and the digits that are lost decide. Where
+    steps are not counted, the next number towards the batch's is taken.
     """
     # In a loop, the new ones take the place of the old: of one type, sharding included.
-    stored = _devices.shard_like(new.astype(old.dtype), old)
+    nearest = new.astype(old.dtype)
     if jnp.finfo(old.dtype).bits >= 32:
-        return stored
+        return _devices.shard_like(nearest, old)
     wide = _dtypes.widen(old)
     goal = wide + (new - wide) / jnp.where(share > 0, share, 1)
-    onward = jnp.nextafter(old, goal.astype(old.dtype))
-    onward = _devices.shard_like(onward, old)
-    missed = _devices.shard_like((stored == old) & (new != wide), old)
-    return jnp.where(missed, onward, stored)
+    missed = (nearest == _devices.shard_like(old, nearest)) & (new != wide)
+    before = _devices.shard_like(old, nearest)
+    onward = jnp.where(missed, jnp.nextafter(before, goal.astype(old.dtype)), nearest)
+    rounded = jnp.where(step > 0, _randomly_rounded(new, nearest, step), onward)
+    return _devices.shard_like(rounded, old)
+
+
+def _randomly_rounded(new: jax.Array, nearest: jax.Array, step: jax.Array) -> jax.Array:
+    """One of the two numbers next to `new`, the nearer one more often: no bias."""
+    rest = new - nearest.astype(new.dtype)
+    other = jnp.nextafter(nearest, jnp.where(rest > 0, jnp.inf, -jnp.inf))
+    other = other.astype(nearest.dtype)
+    apart = jnp.abs(other.astype(new.dtype) - nearest.astype(new.dtype))
+    draw = _uniform(new, step)
+    return jnp.where(draw * apart < jnp.abs(rest), other, nearest)
+
+
+def _uniform(value: jax.Array, step: jax.Array) -> jax.Array:
+    """Numbers from 0 to 1 that are as good as random: a hash of the two."""
+    bits = lax.bitcast_convert_type(value.astype(jnp.float32), jnp.uint32)
+    bits = bits ^ (step.astype(jnp.uint32) * jnp.uint32(0x9E3779B9))
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):  # Murmur3's.
+        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+    return (bits >> 8).astype(jnp.float32) * 2.0**-24
 
 
 def blended(
@@ -267,7 +293,7 @@ def _as_arrays(name: str, state: Any) -> Any:
 
 
 def _check_update(stats: RunningStats, moments: Moments, unbiased: bool) -> None:
-    if not isinstance(unbiased, bool):
+    if not isinstance(unbiased, (bool, np.bool_)):
         raise TypeError(f"`unbiased` must be True or False, got {unbiased!r}.")
     for name in ("mean", "var"):
         old, new = getattr(stats, name), getattr(moments, name)
@@ -303,7 +329,8 @@ def require_momentum(momentum: Momentum) -> None:
     values = _dtypes.known(momentum)
     if values is None:
         return
-    if not jnp.issubdtype(values.dtype, jnp.number) or np.iscomplexobj(values):
+    kinds = jnp.bool_, jnp.integer, jnp.floating
+    if not any(jnp.issubdtype(values.dtype, k) for k in kinds):
         raise TypeError(
             f"{kind}, an array of such, or a function of the step; got {momentum!r}."
         )

@@ -538,6 +538,16 @@ CASES = {
         ValueError,
         ["`implementation` must be None, 'xla' or 'native'", "'gpu'"],
     ),
+    "a dtype of integers, at once": (
+        lambda: layers.domain(num_domains=2, stats_dtype=jnp.int32),
+        TypeError,
+        ["`stats_dtype` must be floating or complex", "int32"],
+    ),
+    "feature axes in words, at once": (
+        lambda: layers.in_place(feature_axes="last"),
+        TypeError,
+        ["`feature_axes` must be an integer", "'last'"],
+    ),
     "a limit that is none": (
         lambda: layers.renorm(r_max=None),
         TypeError,

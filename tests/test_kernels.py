@@ -373,6 +373,26 @@ def test_on_meshes(name, kind, masked):
     assert not [g for g in gathered if g.count(",") == 2], gathered
 
 
+@pytest.mark.parametrize("constrained", [False, True])
+def test_arrays_that_nobody_placed_on_the_mesh_that_is_set(constrained):
+    x = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
+
+    def f(x):
+        if constrained:
+            x = jax.lax.with_sharding_constraint(x, P("data"))
+        y, m = batch_norm(x, jnp.ones(4), jnp.zeros(4))
+        return jnp.sum(jnp.sin(y)) + jnp.sum(m.var), m
+
+    def loss(x):
+        y, m = batch_norm(x, jnp.ones(4), jnp.zeros(4), implementation="xla")
+        return jnp.sum(jnp.sin(y)) + jnp.sum(m.var)
+
+    with jax.set_mesh(spread.mesh_of(8)):
+        got, m = jax.jit(jax.grad(f, has_aux=True))(x)
+    assert_close(m.var, x.var(0), rtol=1e-5)
+    assert_close(got, jax.grad(loss)(x), rtol=1e-3, atol=1e-5)
+
+
 def test_parts_that_are_not_even_are_not_padded():
     mesh = spread.mesh_of(8)
     x = numbers((16, 5), "float32")
@@ -529,6 +549,12 @@ def test_without_jit():
 
     with jax.disable_jit():
         spread.close(step(x, scale), jax.jit(step)(x, scale), 1e-5)
+
+
+def test_without_jit_what_is_demanded_is_used():
+    with jax.disable_jit():
+        var = jaxbn.moments(far(), shift=FAR, implementation="native").var
+    assert_close(var, exact_var(far()), rtol=1e-6)
 
 
 def test_nan_is_found_where_jax_looks_for_it():

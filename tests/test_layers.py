@@ -152,6 +152,32 @@ def test_a_layer_prints_as_it_was_made():
     )
 
 
+def test_numpys_booleans_are_pythons():
+    options = {"use_scale": True, "unbiased": True, "use_fast_variance": False}
+    layer = layers.standard(**{name: np.bool_(v) for name, v in options.items()})
+    assert layer == layers.standard(**options)
+    params, state = layer.init(3)
+    layer.apply(params, state, jnp.ones((4, 3)), training=True)
+
+
+def test_what_says_how_it_is_an_array_is_a_number():
+    class Wrapped:
+        def __init__(self, value):
+            self.value = value
+
+        def __jax_array__(self):
+            return self.value
+
+    x, stats = jnp.ones((4, 3)), jaxbn.init_stats(3)
+    half = Wrapped(jnp.float32(0.5))
+    got = jaxbn.update(stats, jaxbn.moments(x), momentum=half)
+    assert_close(got.mean, np.full(3, 0.5))
+    jaxbn.batch_norm(x, epsilon=half)
+    jax.jit(lambda v: jaxbn.normalize(x, x[0], x[0], epsilon=Wrapped(v)))(1e-3)
+    with pytest.raises(ValueError, match="`epsilon` must not be negative"):
+        jaxbn.batch_norm(x, epsilon=Wrapped(jnp.float32(-1.0)))
+
+
 def test_an_array_of_options_may_change_later():
     momentum = np.full(3, 0.9)
     layer = layers.standard(momentum=momentum)

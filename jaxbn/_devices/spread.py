@@ -127,7 +127,9 @@ def _rule(
 
 def _dividing(operand, mesh) -> tuple:
     """The spec of an operand where it divides the axis: padding would be summed."""
-    spec = _padded(operand.sharding.spec, len(operand.shape))
+    # Of no mesh, it has no spec: nobody placed it.
+    given = getattr(operand.sharding, "spec", ())
+    spec = _padded(given, len(operand.shape))
     parts = (prod(mesh.shape[name] for name in as_names(names)) for names in spec)
     return tuple(
         names if size % n == 0 else None

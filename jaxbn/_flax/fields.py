@@ -199,7 +199,7 @@ def require_mask(mask: ArrayLike | None, x: jax.Array) -> None:
     shape = np.shape(mask)
     index = ", ".join([":"] * len(shape) + ["None"] * (x.ndim - len(shape)))
     by_example = f"`mask[{index}]`"
-    if len(shape) == 1 < x.ndim:
+    if len(shape) == 1 < x.ndim and shape != (1,):
         raise ValueError(
             f"`mask` has shape {shape}, `x` {x.shape}: NumPy lays it along the last "
             f"axis. For a number per example write {by_example}, for one per entry of "

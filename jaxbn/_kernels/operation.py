@@ -79,7 +79,8 @@ def _impl(*leaves, **params):
 def _run(*leaves, **params):
     # Not traced under `jax.disable_jit`, nor where `jax_debug_nans` looks for one.
     if not any(isinstance(leaf, Tracer) for leaf in leaves):
-        return jaxpr_as_fun(params["general"])(*leaves)
+        form = params["special" if params["demanded"] else "general"]
+        return jaxpr_as_fun(form)(*leaves)
     return _operation.bind(*leaves, **params)
 
 

@@ -1,18 +1,21 @@
 """Conditional batch norm: scale and bias that depend on the example."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxbn import _axes, _devices, _dtypes
 from jaxbn._batch_norm import batch_norm
-from jaxbn._moments import Moments, moments
 from jaxbn._normalize import normalize
 from jaxbn._running_stats import Momentum, RunningStats, init_stats, update
 from jaxbn.layers._examples import example_ids
 from jaxbn.layers._layer import (
     Layer,
     Params,
+    Sums,
+    affine,
     compose,
     factory,
     init_affine,
@@ -111,56 +114,50 @@ def conditional(
             params[name] = jnp.zeros((size, *shape), param_dtype)
         return params, init_stats(features, dtype=stats_dtype)
 
-    def affine(params: Params, condition, x) -> list[jax.Array | None]:
+    def of_each(
+        params: Params, condition, x
+    ) -> tuple[jax.Array | None, jax.Array | None]:
         """Scale and bias of each example."""
         axes = _axes.canonical(feature_axes, x.ndim)
         if by_class:
             ids = example_ids("condition", condition, x, axes)
-            of_each = {name: _devices.take_rows(params[name], ids) for name in names}
+            rows = {name: _devices.take_rows(params[name], ids) for name in names}
         else:
             e = _embeddings(condition, x, axes, size)
-            of_each = {
+            rows = {
                 name: jnp.expand_dims(params[name], 0)
                 + jnp.tensordot(e, params[f"{name}_kernel"], 1)
                 for name in names
             }
-        return [of_each.get("scale"), of_each.get("bias")]
+        return affine(rows)
 
-    same = {"feature_axes": feature_axes, "epsilon": epsilon, "dtype": dtype}
-    over = {
-        "axis_name": axis_name,
-        "axis_index_groups": axis_index_groups,
-        "implementation": implementation,
-    }
+    same = {"epsilon": epsilon, "dtype": dtype}
+    sums = Sums(
+        feature_axes, axis_name, axis_index_groups, implementation, use_fast_variance
+    )
 
     def train(params, state: RunningStats, x, weights, condition=None):
         return batch_norm(
             x,
-            *affine(params, condition, x),
+            *of_each(params, condition, x),
             **same,
-            **over,
+            **sums.options,
             weights=weights,
-            shift=state.mean if use_fast_variance else None,
+            shift=sums.shift(state),
             derivatives="jvp",  # Every mode, with neither scale nor bias as well.
         )
 
     def infer(params, state: RunningStats, x, weights, condition=None):
-        vectors = affine(params, condition, x)
-        return normalize(x, state.mean, state.var, *vectors, **same)
+        vectors = state.mean, state.var, *of_each(params, condition, x)
+        return normalize(x, *vectors, feature_axes=feature_axes, **same)
 
-    def measure(state, x, weights, condition=None):
-        return moments(x, feature_axes=feature_axes, weights=weights, **over)
-
-    def move(state: RunningStats, m: Moments):
-        return update(state, m, momentum=momentum, unbiased=unbiased)
-
+    move = functools.partial(update, momentum=momentum, unbiased=unbiased)
     return compose(
         init,
         names + kernels,
-        feature_axes=feature_axes,
+        sums,
         train=train,
         infer=infer,
-        measure=measure,
         update=move,
         inputs=("condition",),
     )

@@ -12,7 +12,15 @@ from jaxbn._batch_norm import normalize_given
 from jaxbn._moments import Moments, merge_moments
 from jaxbn._running_stats import Momentum, RunningStats, init_stats, update
 from jaxbn.layers._examples import example_ids, example_moments
-from jaxbn.layers._layer import Layer, compose, factory, init_affine, require_count
+from jaxbn.layers._layer import (
+    Layer,
+    Sums,
+    affine,
+    compose,
+    factory,
+    init_affine,
+    require_count,
+)
 
 
 @factory
@@ -104,6 +112,8 @@ def domain(
 
         return params if shared_affine else repeated(params), repeated(state)
 
+    sums = Sums(feature_axes, axis_name, None, implementation, use_fast_variance)
+
     def located(x, domain_ids) -> tuple[tuple[int, ...], jax.Array]:
         """The feature axes of x, and each example's domain."""
         axes = _axes.canonical(feature_axes, x.ndim)
@@ -111,7 +121,7 @@ def domain(
 
     def pooled(state: RunningStats, x, weights, domain_ids, *, fast: bool) -> Moments:
         axes, ids = located(x, domain_ids)
-        mean = state.mean if fast else None
+        mean = sums.shift(state) if fast else None
         m = example_moments(
             x,
             axes,
@@ -124,7 +134,7 @@ def domain(
     def normalized(params, table, x, weights, domain_ids) -> jax.Array:
         """Each example by its domain's row of a table of moments or statistics."""
         axes, ids = located(x, domain_ids)
-        scale, bias = params.get("scale"), params.get("bias")
+        scale, bias = affine(params)
         if not shared_affine:
             scale, bias = _of_each(scale, ids), _of_each(bias, ids)
         return normalize_given(
@@ -139,7 +149,7 @@ def domain(
         )
 
     def train(params, state: RunningStats, x, weights, domain_ids=None):
-        m = pooled(state, x, weights, domain_ids, fast=use_fast_variance)
+        m = pooled(state, x, weights, domain_ids, fast=True)
         return normalized(params, m, x, weights, domain_ids), m
 
     def infer(params, state: RunningStats, x, weights, domain_ids=None):
@@ -152,7 +162,7 @@ def domain(
     return compose(
         init,
         names,
-        feature_axes=feature_axes,
+        sums,
         train=train,
         infer=infer,
         measure=measure,

@@ -7,10 +7,18 @@ from jax.typing import DTypeLike
 
 from jaxbn import _axes, _devices, _dtypes, _kernels
 from jaxbn._batch_norm import batch_norm
-from jaxbn._moments import Moments, merge_moments, moments
+from jaxbn._moments import Moments, merge_moments
 from jaxbn._normalize import normalize
 from jaxbn._running_stats import Momentum, RunningStats, update
-from jaxbn.layers._layer import Layer, compose, factory, init_of, require_one_count
+from jaxbn.layers._layer import (
+    Layer,
+    Sums,
+    affine,
+    compose,
+    factory,
+    init_of,
+    require_one_count,
+)
 from jaxbn.layers._partition import Partition, partition
 
 
@@ -94,6 +102,7 @@ def ghost(
     option = require_one_count(group_size=group_size, num_groups=num_groups)
     init = init_of(use_scale, use_bias, param_dtype, stats_dtype)
     names = ["scale"] * use_scale + ["bias"] * use_bias
+    sums = Sums(feature_axes, axis_name, None, implementation, use_fast_variance)
 
     def train(params, state: RunningStats, x, weights):
         axes = _axes.canonical(feature_axes, x.ndim)
@@ -109,7 +118,7 @@ def ghost(
             feature_axes=groups.feature_axes,
             epsilon=epsilon,
             weights=weights,
-            shift=groups.repeat(state.mean, split) if use_fast_variance else None,
+            shift=groups.repeat(sums.shift(state), split),
             axis_name=groups.axis_name,
             axis_index_groups=groups.axis_index_groups,
             dtype=dtype,
@@ -120,8 +129,7 @@ def ghost(
         if not update_per_group:
             # A shift spares a collective, and digits where it is far.
             by = implementation, split, groups.feature_axes, weights
-            near = use_fast_variance and not _kernels.choose(*by)
-            shift = state.mean if near else None
+            shift = None if _kernels.choose(*by) else sums.shift(state)
             m = merge_moments(m, shift=shift, axis_name=over)
         return _devices.reshape_like(y, x), m
 
@@ -130,20 +138,10 @@ def ghost(
             x,
             state.mean,
             state.var,
-            params.get("scale"),
-            params.get("bias"),
+            *affine(params),
             feature_axes=feature_axes,
             epsilon=epsilon,
             dtype=dtype,
-        )
-
-    def measure(state, x, weights):
-        return moments(
-            x,
-            feature_axes=feature_axes,
-            weights=weights,
-            axis_name=axis_name,
-            implementation=implementation,
         )
 
     def move(state: RunningStats, m: Moments):
@@ -151,15 +149,7 @@ def ghost(
             return _updated_in_turn(state, m, momentum, unbiased)
         return update(state, m, momentum=momentum, unbiased=unbiased)
 
-    return compose(
-        init,
-        names,
-        feature_axes=feature_axes,
-        train=train,
-        infer=infer,
-        measure=measure,
-        update=move,
-    )
+    return compose(init, names, sums, train=train, infer=infer, update=move)
 
 
 def _of_all_groups(

@@ -1,5 +1,6 @@
 """Batch norm and activation in one, whose backward pass keeps only the output."""
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -7,12 +8,11 @@ from jax.typing import DTypeLike
 
 from jaxbn import _axes, _devices, _dtypes
 from jaxbn._batch_norm import checked_operands
-from jaxbn._moments import Moments, moments
 from jaxbn._normalize import normalize
 from jaxbn._rules import rule_operands
 from jaxbn._running_stats import Momentum, RunningStats, update
 from jaxbn.layers._in_place_rule import Activation, Static, in_place_form
-from jaxbn.layers._layer import Layer, compose, factory, init_of
+from jaxbn.layers._layer import Layer, Sums, affine, compose, factory, init_of
 
 ACTIVATIONS = ("leaky_relu", "elu", "identity")
 
@@ -99,15 +99,19 @@ def in_place(
     init = init_of(use_scale, use_bias, param_dtype, stats_dtype)
     names = ["scale"] * use_scale + ["bias"] * use_bias
 
-    def affine(params):
-        scale = params.get("scale")
+    def positive(params):
+        """Scale and bias, the scale made positive."""
+        scale, bias = affine(params)
         if scale is not None:
             # Not abs, whose derivative at 0 is 0: scale could never leave it.
             scale = jnp.where(scale < 0, -scale, scale) + epsilon
-        return scale, params.get("bias")
+        return scale, bias
 
     same = {"feature_axes": feature_axes, "epsilon": epsilon}
     over = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
+    sums = Sums(
+        feature_axes, axis_name, axis_index_groups, implementation, use_fast_variance
+    )
 
     def output_dtype(params, x) -> Any:
         """The output's dtype; complex numbers are refused."""
@@ -121,16 +125,9 @@ def in_place(
 
     def train(params, state: RunningStats, x, weights):
         out = output_dtype(params, x)
-        m = moments(
-            x,
-            feature_axes=feature_axes,
-            weights=weights,
-            shift=state.mean if use_fast_variance else None,
-            implementation=implementation,
-            **over,
-        )
+        m = sums.near(state, x, weights)
         rule, *operands = checked_operands(
-            x, m, *affine(params), weights=weights, dtype=out, **over, **same
+            x, m, *positive(params), weights=weights, dtype=out, **over, **same
         )
         z = in_place_form(Static(rule, phi, x.dtype), *rule_operands(*operands))
         return z, m
@@ -138,30 +135,11 @@ def in_place(
     def infer(params, state: RunningStats, x, weights):
         out = output_dtype(params, x)
         wide = _dtypes.accumulation(x.dtype, out)
-        vectors = state.mean, state.var, *affine(params)
+        vectors = state.mean, state.var, *positive(params)
         return phi(normalize(x, *vectors, dtype=wide, **same)).astype(out)
 
-    def measure(state, x, weights):
-        return moments(
-            x,
-            feature_axes=feature_axes,
-            weights=weights,
-            implementation=implementation,
-            **over,
-        )
-
-    def move(state: RunningStats, m: Moments):
-        return update(state, m, momentum=momentum, unbiased=unbiased)
-
-    return compose(
-        init,
-        names,
-        feature_axes=feature_axes,
-        train=train,
-        infer=infer,
-        measure=measure,
-        update=move,
-    )
+    move = functools.partial(update, momentum=momentum, unbiased=unbiased)
+    return compose(init, names, sums, train=train, infer=infer, update=move)
 
 
 def _activation(name: str, slope: float) -> Activation:

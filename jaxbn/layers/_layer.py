@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxbn import _axes, _dtypes
-from jaxbn._moments import Moments
+from jaxbn import _axes, _devices, _dtypes
+from jaxbn._moments import Moments, moments
 from jaxbn._running_stats import RunningStats, init_stats
 from jaxbn.layers._made import Function, Made, signature
 
@@ -91,15 +91,49 @@ def factory(make: Callable[Options, Layer]) -> Callable[Options, Layer]:
     return made
 
 
+class Sums(NamedTuple):
+    """Which moments a layer takes of a batch, over which devices, and by what."""
+
+    feature_axes: _axes.Axes
+    axis_name: _devices.AxisName | None
+    axis_index_groups: _devices.Groups | None
+    implementation: str | None
+    use_fast_variance: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that `moments` and `batch_norm` have in common."""
+        options = self._asdict()
+        del options["use_fast_variance"]
+        return options
+
+    def shift(self, state: Any) -> jax.Array | None:
+        """The running mean, where it makes the variance fast."""
+        return state.mean if self.use_fast_variance else None
+
+    def near(self, state: Any, x: jax.Array, weights: Any) -> Moments:
+        """The moments of `x`, about the running mean if that is wanted."""
+        return moments(x, weights=weights, shift=self.shift(state), **self.options)
+
+    def exact(self, state: Any, x: jax.Array, weights: Any, **_: Any) -> Moments:
+        """The same in two passes."""
+        return moments(x, weights=weights, **self.options)
+
+
+def affine(params: Params) -> tuple[jax.Array | None, jax.Array | None]:
+    """Scale and bias, None where there is none."""
+    return params.get("scale"), params.get("bias")
+
+
 def compose(
     init: Init,
     names: list[str],
+    sums: Sums,
     *,
-    feature_axes: _axes.Axes,
     train: Callable[..., tuple[jax.Array, Moments]],
     infer: Callable[..., jax.Array],
-    measure: Callable[..., Moments],
     update: Callable[[Any, Moments], Any],
+    measure: Callable[..., Moments] | None = None,
     inputs: tuple[str, ...] = (),
     kind: type = RunningStats,
 ) -> Layer:
@@ -107,7 +141,9 @@ def compose(
 
     `train`, `infer` and `measure` are called with the parameters (not `measure`), the
     state, `x` as an array, the weights, and the `inputs`, further keywords of `apply`.
+    What is measured at inference are exact sums, unless `measure` says otherwise.
     """
+    measure = measure or sums.exact
 
     def checked(training, params, state, x, given: dict) -> tuple[jax.Array, dict]:
         require_training(training)
@@ -120,7 +156,7 @@ def compose(
             )
         x = _dtypes.inexact_array("x", x)
         require_kind(state, kind)
-        require_features(state, x, _axes.canonical(feature_axes, x.ndim))
+        require_features(state, x, _axes.canonical(sums.feature_axes, x.ndim))
         return x, {name: given.get(name) for name in inputs}
 
     def forward(params, state, x, *, training, weights=None, **given):

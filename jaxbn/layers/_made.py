@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from jaxbn import _dtypes, _kernels
+from jaxbn import _axes, _dtypes, _kernels
 from jaxbn._batch_norm import require_derivatives
 from jaxbn._normalize import checked_epsilon
 from jaxbn._running_stats import require_momentum
@@ -21,6 +21,10 @@ REQUIRE = {
     "epsilon": checked_epsilon,
     "derivatives": require_derivatives,
     "implementation": _kernels.require_implementation,
+    "feature_axes": lambda axes: _axes.integers(axes, "feature_axes"),
+    "dtype": lambda dtype: dtype is None or _dtypes.checked("dtype", dtype),
+    "param_dtype": functools.partial(_dtypes.checked, "param_dtype"),
+    "stats_dtype": functools.partial(_dtypes.checked, "stats_dtype"),
 }
 
 
@@ -96,6 +100,8 @@ def _frozen(value: Any) -> Any:
     """`value` as nobody changes it later: lists as tuples, arrays copied."""
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
         return tuple(map(_frozen, value))
+    if isinstance(value, np.bool_):
+        return bool(value)
     return np.array(value) if isinstance(value, np.ndarray) else value
 
 

@@ -11,10 +11,10 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn import _axes, _devices, _dtypes
 from jaxbn._batch_norm import normalize_batch
-from jaxbn._moments import Moments, moments
+from jaxbn._moments import Moments
 from jaxbn._normalize import normalize
 from jaxbn._running_stats import Momentum, RunningStats, init_stats, update
-from jaxbn.layers._layer import Layer, compose, factory, init_affine
+from jaxbn.layers._layer import Layer, Sums, affine, compose, factory, init_affine
 
 Limit = ArrayLike | Callable[[jax.Array], ArrayLike]
 
@@ -122,12 +122,9 @@ def renorm(
         params = init_affine(features, use_scale, use_bias, param_dtype)
         return params, RenormStats(*stats)
 
-    same = {"feature_axes": feature_axes, "dtype": dtype}
-    over = {
-        "axis_name": axis_name,
-        "axis_index_groups": axis_index_groups,
-        "implementation": implementation,
-    }
+    sums = Sums(
+        feature_axes, axis_name, axis_index_groups, implementation, use_fast_variance
+    )
 
     def correction(state: RenormStats, m: Moments) -> tuple[jax.Array, jax.Array]:
         state, m = lax.stop_gradient((state, m))
@@ -140,36 +137,29 @@ def renorm(
         return m._replace(var=m.var + epsilon)
 
     def train(params, state: RenormStats, x, weights):
-        scale, bias = params.get("scale"), params.get("bias")
-        m = moments(
-            x,
-            feature_axes=feature_axes,
-            weights=weights,
-            shift=state.mean if use_fast_variance else None,
-            **over,
-        )
+        scale, bias = affine(params)
+        m = sums.near(state, x, weights)
         r, d = correction(state, m)
         y = normalize_batch(
             x,
             m,
             r if scale is None else r * scale,
-            _affine(d, scale, bias),
+            _moved(d, scale, bias),
             weights=weights,
             epsilon=epsilon,
             derivatives=derivatives,
-            **over,
-            **same,
+            dtype=dtype,
+            **sums.options,
         )
         return y, with_epsilon(m)
 
     def infer(params, state: RenormStats, x, weights):
         var = jnp.square(_dtypes.widen(state.std, x))
-        affine = params.get("scale"), params.get("bias")
-        return normalize(x, state.mean, var, *affine, epsilon=0, **same)
+        options = {"feature_axes": feature_axes, "epsilon": 0, "dtype": dtype}
+        return normalize(x, state.mean, var, *affine(params), **options)
 
     def measure(state, x, weights):
-        m = moments(x, feature_axes=feature_axes, weights=weights, **over)
-        return with_epsilon(m)
+        return with_epsilon(sums.exact(state, x, weights))
 
     def move(state: RenormStats, m: Moments):
         # A standard deviation is averaged as a variance is.
@@ -180,7 +170,7 @@ def renorm(
     return compose(
         init,
         names,
-        feature_axes=feature_axes,
+        sums,
         train=train,
         infer=infer,
         measure=measure,
@@ -189,7 +179,7 @@ def renorm(
     )
 
 
-def _affine(d, scale, bias) -> jax.Array:
+def _moved(d, scale, bias) -> jax.Array:
     d = d if scale is None else d * scale
     return d if bias is None else d + bias
 

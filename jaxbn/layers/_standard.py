@@ -1,16 +1,18 @@
 """The batch norm of Ioffe and Szegedy."""
 
+import functools
+
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
 from jaxbn import _axes, _devices, _dtypes
 from jaxbn._batch_norm import batch_norm, normalize_given
-from jaxbn._moments import Moments, moments
+from jaxbn._moments import Moments
 from jaxbn._normalize import normalize
 from jaxbn._running_stats import Momentum, RunningStats, blended, update
 from jaxbn.layers._examples import example_moments, positions
-from jaxbn.layers._layer import Layer, compose, factory, init_of
+from jaxbn.layers._layer import Layer, Sums, affine, compose, factory, init_of
 from jaxbn.layers._mixture import mixture, prior_share
 
 
@@ -107,38 +109,39 @@ def standard(
     names = ["scale"] * use_scale + ["bias"] * use_bias
 
     init = init_of(use_scale, use_bias, param_dtype, stats_dtype)
-    same = {"feature_axes": feature_axes, "epsilon": epsilon, "dtype": dtype}
-    over = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
+    same = {"epsilon": epsilon, "dtype": dtype}
+    sums = Sums(
+        feature_axes, axis_name, axis_index_groups, implementation, use_fast_variance
+    )
 
     def train(params, state: RunningStats, x, weights):
         return batch_norm(
             x,
-            params.get("scale"),
-            params.get("bias"),
+            *affine(params),
             **same,
-            **over,
+            **sums.options,
             weights=weights,
-            shift=state.mean if use_fast_variance else None,
+            shift=sums.shift(state),
             derivatives=derivatives,
-            implementation=implementation,
         )
 
     def infer(params, state: RunningStats, x, weights):
-        affine = params.get("scale"), params.get("bias")
+        axes = _axes.canonical(feature_axes, x.ndim)
         if pseudo_samples is not None:
             m = adapted(state, x, weights, pseudo_samples)
         elif example_weight:
-            axes = _axes.canonical(feature_axes, x.ndim)
             own = example_moments(
                 x, axes, weights=weights, implementation=implementation
             )
             m = mixture(state, own, example_weight)
         else:
-            return normalize(x, state.mean, state.var, *affine, **same)
-        return normalize_given(x, m, *affine, weights=weights, **same)
+            vectors = state.mean, state.var, *affine(params)
+            return normalize(x, *vectors, feature_axes=axes, **same)
+        options = {"weights": weights, "feature_axes": axes, **same}
+        return normalize_given(x, m, *affine(params), **options)
 
     def adapted(state: RunningStats, x, weights, prior: float) -> Moments:
-        m = measure(state, x, weights)
+        m = sums.exact(state, x, weights)
         n = m.count / positions(x, _axes.canonical(feature_axes, x.ndim))
         kept = prior_share(prior, n)
         old = lax.stop_gradient(state)
@@ -148,27 +151,8 @@ def standard(
         )
         return Moments(mean, var, m.count)
 
-    def measure(state, x, weights):
-        return moments(
-            x,
-            feature_axes=feature_axes,
-            weights=weights,
-            implementation=implementation,
-            **over,
-        )
-
-    def move(state: RunningStats, m: Moments):
-        return update(state, m, momentum=momentum, unbiased=unbiased)
-
-    return compose(
-        init,
-        names,
-        feature_axes=feature_axes,
-        train=train,
-        infer=infer,
-        measure=measure,
-        update=move,
-    )
+    move = functools.partial(update, momentum=momentum, unbiased=unbiased)
+    return compose(init, names, sums, train=train, infer=infer, update=move)
 
 
 def _require_one_mixture(example_weight: float, pseudo_samples: float | None) -> None:

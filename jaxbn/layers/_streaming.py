@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 
 from jaxbn import _axes, _devices
 from jaxbn._batch_norm import normalize_given
-from jaxbn._moments import Moments, moments
+from jaxbn._moments import Moments
 from jaxbn._normalize import normalize
 from jaxbn._running_stats import (
     Momentum,
@@ -17,7 +17,7 @@ from jaxbn._running_stats import (
     old_weight,
     stepped,
 )
-from jaxbn.layers._layer import Layer, compose, factory, init_of
+from jaxbn.layers._layer import Layer, Sums, affine, compose, factory, init_of
 from jaxbn.layers._mixture import mixture
 
 
@@ -101,22 +101,17 @@ def streaming(
     init = init_of(use_scale, use_bias, param_dtype, stats_dtype)
     names = ["scale"] * use_scale + ["bias"] * use_bias
 
-    over = {
-        "axis_name": axis_name,
-        "axis_index_groups": axis_index_groups,
-        "implementation": implementation,
-    }
+    sums = Sums(feature_axes, axis_name, axis_index_groups, implementation)
 
     def mixed(state: RunningStats, m: Moments) -> Moments:
         return mixture(lax.stop_gradient(state), m, 1 - old_weight(state, momentum))
 
     def train(params, state: RunningStats, x, weights):
-        m = measure(state, x, weights)
+        m = sums.exact(state, x, weights)
         y = normalize_given(
             x,
             mixed(state, m),
-            params.get("scale"),
-            params.get("bias"),
+            *affine(params),
             feature_axes=feature_axes,
             epsilon=epsilon,
             weights=weights,
@@ -129,27 +124,15 @@ def streaming(
             x,
             state.mean,
             state.var,
-            params.get("scale"),
-            params.get("bias"),
+            *affine(params),
             feature_axes=feature_axes,
             epsilon=epsilon,
             dtype=dtype,
         )
-
-    def measure(state, x, weights):
-        return moments(x, feature_axes=feature_axes, weights=weights, **over)
 
     def move(state: RunningStats, m: Moments):
         new = lax.stop_gradient(mixed(state, m))
         share = 1 - old_weight(state, momentum)
         return stepped(state, new.mean, new.var, share, m.count)
 
-    return compose(
-        init,
-        names,
-        feature_axes=feature_axes,
-        train=train,
-        infer=infer,
-        measure=measure,
-        update=move,
-    )
+    return compose(init, names, sums, train=train, infer=infer, update=move)
