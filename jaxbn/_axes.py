@@ -127,7 +127,8 @@ def weights_like(
             f"`{name}` must be boolean or real, got dtype {weights.dtype}. "
             "Pass the magnitude, or where it is not 0."
         )
-    hint = f"for one weight per example add axes of length 1, as in `{name}[:, None]`"
+    index = ", ".join([":", *["None"] * (x.ndim - 1)])
+    hint = f"one weight per example, of shape (N,), is `{name}[{index}]`"
     weights = aligned(name, weights, x, hint)
     return weights if weights.dtype == jnp.bool_ else weights.astype(dtype)
 
