@@ -7,6 +7,7 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
@@ -132,6 +133,25 @@ def output(x_dtype: DTypeLike, dtype: DTypeLike | None) -> Any:
             "Leave it out to get the dtype of `x`."
         )
     return jax.dtypes.canonicalize_dtype(dtype)
+
+
+def randomly_rounded(new: jax.Array, nearest: jax.Array, step: jax.Array) -> jax.Array:
+    """One of the two numbers next to `new`, the nearer one more often: no bias."""
+    rest = new - nearest.astype(new.dtype)
+    other = jnp.nextafter(nearest, jnp.where(rest > 0, jnp.inf, -jnp.inf))
+    other = other.astype(nearest.dtype)
+    apart = jnp.abs(other.astype(new.dtype) - nearest.astype(new.dtype))
+    draw = _uniform(new, step)
+    return jnp.where(draw * apart < jnp.abs(rest), other, nearest)
+
+
+def _uniform(value: jax.Array, step: jax.Array) -> jax.Array:
+    """Numbers from 0 to 1 that are as good as random: a hash of the two."""
+    bits = lax.bitcast_convert_type(value.astype(jnp.float32), jnp.uint32)
+    bits = bits ^ (step.astype(jnp.uint32) * jnp.uint32(0x9E3779B9))
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):  # Murmur3's.
+        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+    return (bits >> 8).astype(jnp.float32) * 2.0**-24
 
 
 def _is_complex(dtype: DTypeLike) -> bool:
