@@ -3,7 +3,7 @@
 What the kernels compute takes its derivatives from `_sums`, and is left to it wherever
 the program is not lowered for a CPU (`operation`).
 
-Moments need no center there: what comes is the mean and Σw|x − mean|², exact, and
+Moments need no center there. The kernels give the mean and Σw|x − mean|², and then
 
     Σwδ = n·(mean − center)      Σw|δ|² = Σw|x − mean|² + n·|mean − center|²
 """
