@@ -1,12 +1,11 @@
 """`batch_norm`: moments and normalization as one, with a hand-written derivative."""
 
-from typing import Any
-
 import jax
+import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn import _axes, _devices, _dtypes, _kernels, _rules
-from jaxbn._moments import Moments, moments
+from jaxbn._moments import Batch, Moments, checked_batch, moments_about
 from jaxbn._normalize import checked_epsilon, optional_vector
 
 
@@ -53,9 +52,10 @@ def batch_norm(
         and must be where `scale` or `bias` is.
       derivatives: "vjp" has reverse mode, and reverse or forward mode over it. "jvp"
         has every mode at the same cost on one device, but for the CPU kernels, which
-        its backward pass does not use; across devices it issues more all-reduces.
-      implementation: As for `moments`: None, "xla" or "native". The kernels compute
-        the backward pass, too, with "vjp".
+        its backward pass does not use; across devices it issues more all-reduces. With
+        a vector per example, either word has every mode.
+      implementation: As for `moments`: None, "xla" or "native". With "vjp" the kernels
+        compute the backward pass, too. "native" is refused with a vector per example.
 
     Returns:
       The output, with the shape of `x`, and the `Moments` of `x`. A batch whose total
@@ -83,58 +83,48 @@ def batch_norm(
     References:
       Ioffe and Szegedy, "Batch Normalization" (2015), algorithm 1.
     """
-    m = moments(
-        x,
-        feature_axes=feature_axes,
-        weights=weights,
-        shift=shift,
-        axis_name=axis_name,
-        axis_index_groups=axis_index_groups,
-        implementation=implementation,
-    )
-    y = normalize_batch(
-        x,
-        m,
-        scale,
-        bias,
-        feature_axes=feature_axes,
-        epsilon=epsilon,
-        weights=weights,
-        axis_name=axis_name,
-        axis_index_groups=axis_index_groups,
-        dtype=dtype,
-        derivatives=derivatives,
-        implementation=implementation,
-    )
-    return y, m
+    require_derivatives(derivatives)
+    over = axis_name, axis_index_groups
+    batch = checked_batch(x, feature_axes, weights, *over, implementation)
+    _require_no_demand(batch, scale=scale, bias=bias)
+    m = moments_about(shift, batch)
+    options = {"epsilon": epsilon, "dtype": dtype, "derivatives": derivatives}
+    return normalize_batch(batch, m, scale, bias, **options), m
+
+
+def _require_no_demand(batch: Batch, **vectors: ArrayLike | None) -> None:
+    """Refuses vectors per example where the kernels are demanded."""
+    for name, vector in vectors.items():
+        per_example = np.ndim(vector) > len(batch.feature_axes)  # type: ignore  (None)
+        if batch.kernels and batch.kernels.demanded and per_example:
+            raise ValueError(
+                f"`implementation` is 'native', but `{name}` of shape "
+                f"{np.shape(vector)} has a vector per example, whose derivative the "  # type: ignore
+                "kernels do not compute. Leave `implementation` out."
+            )
 
 
 def normalize_batch(
-    x: ArrayLike,
+    batch: Batch,
     m: Moments,
     scale: ArrayLike | None,
     bias: ArrayLike | None,
     *,
+    epsilon: ArrayLike,
+    dtype: DTypeLike | None,
     derivatives: str,
-    implementation: str | None = None,
-    **options: Any,
 ) -> jax.Array:
-    """`x` normalized by `m`, which must be its own moments: the rule relies on it."""
-    require_derivatives(derivatives)
-    static, *operands = checked_operands(x, m, scale, bias, **options)
-    vectors = operands[1:3]
-    if any(_axes.is_per_example(v, static.feature_axes) for v in vectors):
+    """A batch normalized by `m`: its own moments, on which the rule relies."""
+    options, *operands = rule_arguments(batch, m, scale, bias, epsilon, dtype)
+    if any(_axes.is_per_example(v, batch.feature_axes) for v in operands[1:3]):
         # Their cotangents are no channel sums: the plain composition.
-        return _rules.normalize_hidden(static, *operands)
+        return options.normalize(*operands)
+    x, *vectors, given = _rules.rule_operands(*operands)
     if derivatives == "jvp":
-        return _rules.jvp_form(static, *_rules.rule_operands(*operands))
-    array, *affine, given = operands
-    dtypes = [static.dtype, *(v.dtype for v in affine if v is not None)]
-    kernels = _kernels.choose(
-        implementation, array, static.feature_axes, given.weights, *dtypes
-    )
-    static = static._replace(kernels=kernels)
-    return _rules.vjp_form(static, *_rules.rule_operands(*operands))
+        return _rules.jvp_form(options, x, *vectors, given)
+    dtypes = [options.dtype, *(v.dtype for v in vectors if v is not None)]
+    kernels = _kernels.for_dtypes(batch.kernels, *dtypes)
+    return _rules.vjp_form(options._replace(kernels=kernels), x, *vectors, given)
 
 
 def require_derivatives(derivatives: str) -> None:
@@ -143,41 +133,19 @@ def require_derivatives(derivatives: str) -> None:
         raise ValueError(f"`derivatives` must be 'vjp' or 'jvp', got {derivatives!r}.")
 
 
-def normalize_given(
-    x: ArrayLike,
+def rule_arguments(
+    batch: Batch,
     m: Moments,
     scale: ArrayLike | None,
     bias: ArrayLike | None,
-    **options: Any,
-) -> jax.Array:
-    """`normalize` by any moments, where NaN under `weights` reaches no gradient."""
-    static, *operands = checked_operands(x, m, scale, bias, **options)
-    return _rules.normalize_hidden(static, *operands)
-
-
-def checked_operands(
-    x: ArrayLike,
-    m: Moments,
-    scale: ArrayLike | None,
-    bias: ArrayLike | None,
-    *,
-    feature_axes: _axes.Axes,
     epsilon: ArrayLike,
-    weights: ArrayLike | None,
     dtype: DTypeLike | None,
-    axis_name: _devices.AxisName | None = None,
-    axis_index_groups: _devices.Groups | None = None,
 ) -> tuple:
-    """Static, x, scale, bias and Given, from what users pass."""
-    x = _dtypes.inexact_array("x", x)
-    axes = _axes.canonical(feature_axes, x.ndim)
+    """The rule's options, x, scale, bias and what else it is given, checked."""
+    x, axes = batch.x, batch.feature_axes
     dtype = _dtypes.output(x.dtype, dtype)
     scale = optional_vector("scale", scale, x, axes, dtype)
     bias = optional_vector("bias", bias, x, axes, dtype)
-    if weights is not None:
-        weights = _axes.weights_like(weights, x, m.count.dtype)
-    static = _rules.Static(
-        axes, dtype, *_devices.hashable(axis_name, axis_index_groups)
-    )
-    given = _rules.Given(m.mean, m.var, m.count, weights, checked_epsilon(epsilon))
-    return static, x, scale, bias, given
+    options = _rules.Options(axes, dtype, batch.axis_name, batch.axis_index_groups)
+    given = _rules.Given(*m, batch.weights, checked_epsilon(epsilon))
+    return options, x, scale, bias, given

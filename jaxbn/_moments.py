@@ -99,23 +99,9 @@ def moments(
       the shifted sums, and the corrected two-pass algorithm, which is the shifted one
       about the mean of a first pass.
     """
-    x = _dtypes.inexact_array("x", x)
-    feature_axes = _axes.canonical(feature_axes, x.ndim)
-    if weights is not None:
-        weights = _axes.weights_like(weights, x, _dtypes.accumulation(x.dtype))
-    data = x, weights, _checked_shift(shift, x, feature_axes), feature_axes
-    kernels = _kernels.choose(implementation, x, feature_axes, weights)
-    if kernels and axis_name is not None and shift is not None:
-        kernels = _kernels.unless_for_accelerators(kernels)
     over = axis_name, axis_index_groups
-    if not kernels:
-        return _pooled(_sums.central_sums, *data, *over)
-    known = _kernels.first_pass(kernels, *data[:3])
-
-    def central_sums(x, center, weights, _):
-        return _kernels.central_sums(kernels, x, center, weights, known)
-
-    return _pooled(central_sums, *data, *over, known.mean)
+    batch = checked_batch(x, feature_axes, weights, *over, implementation)
+    return moments_about(shift, batch)
 
 
 @_dtypes.mixing
@@ -193,8 +179,8 @@ def merge_moments(
         sums = _sums.central_sums(mean, center, weights, features)
         return *sums, _sums.weighted_sum(var, weights, features)
 
-    shift = _checked_shift(shift, mean, features)
-    pooled = _pooled(central_sums, mean, weights, shift, features, axis_name)
+    parts = Batch(mean, features, weights, axis_name)
+    pooled = _pooled(parts, _checked_shift(shift, parts), central_sums)
     if count.ndim == len(stacked):
         return pooled._replace(count=pooled.count.reshape(()))
     whole = jnp.broadcast_to(pooled.count, pooled.mean.shape)
@@ -208,53 +194,109 @@ def _leads(count: jax.Array, mean: jax.Array, stacked: tuple[int, ...]) -> bool:
     return first and count.shape == mean.shape[: count.ndim]
 
 
-def _pooled(
-    central_sums: Callable[..., tuple[jax.Array, ...]],
-    x: jax.Array,
-    weights: jax.Array | None,
-    shift: jax.Array | None,
-    feature_axes: tuple[int, ...],
+class Batch(NamedTuple):
+    """What moments are of, checked: an array, its weights, the devices it is over.
+
+    `kernels` compute the sums; None has XLA compute them.
+    """
+
+    x: jax.Array
+    feature_axes: tuple[int, ...]
+    weights: jax.Array | None = None
+    axis_name: _devices.AxisName | None = None
+    axis_index_groups: tuple[tuple[int, ...], ...] | None = None
+    kernels: _kernels.Chosen | None = None
+
+    @property
+    def count(self) -> jax.Array:
+        """The total weight on this device."""
+        count = _sums.total_weight(self.x, self.weights, self.feature_axes)
+        if count.size == 1 and _devices.is_spread_further(
+            self.x, self.weights, self.axis_name
+        ):
+            # Features are split, one to a device; weights, and so counts, are not.
+            count = count.reshape(())
+        return count
+
+    def all_sum(self, *sums: jax.Array) -> list[jax.Array]:
+        """The sums over the devices, by the name that policies of remat know."""
+        total = _devices.all_sum(sums, self.axis_name, self.axis_index_groups)
+        return [checkpoint_name(s, "jaxbn_moments") for s in total]
+
+
+def checked_batch(
+    x: ArrayLike,
+    feature_axes: _axes.Axes,
+    weights: ArrayLike | None,
     axis_name: _devices.AxisName | None,
-    axis_index_groups: _devices.Groups | None = None,
+    axis_index_groups: _devices.Groups | None,
+    implementation: str | None,
+) -> Batch:
+    """A batch as users pass it."""
+    x = _dtypes.inexact_array("x", x)
+    axes = _axes.canonical(feature_axes, x.ndim)
+    if weights is not None:
+        weights = _axes.weights_like(weights, x, _dtypes.accumulation(x.dtype))
+    kernels = _kernels.choose(implementation, x, axes, weights)
+    axis_name, groups = _devices.hashable(axis_name, axis_index_groups)
+    return Batch(x, axes, weights, axis_name, groups, kernels)
+
+
+def moments_about(shift: ArrayLike | None, batch: Batch) -> Moments:
+    """`moments` of a batch that was checked."""
+    shift, kernels = _checked_shift(shift, batch), batch.kernels
+    if kernels and batch.axis_name is not None and shift is not None:
+        kernels = _kernels.unless_for_accelerators(kernels)
+    if not kernels:
+        return _pooled(batch, shift, _sums.central_sums)
+    known = _kernels.first_pass(batch.x, shift, batch.weights, kernels)
+
+    def central_sums(x, center, weights, _):
+        return _kernels.central_sums(x, center, known, weights, kernels)
+
+    return _pooled(batch, shift, central_sums, known.mean)
+
+
+def _pooled(
+    batch: Batch,
+    shift: jax.Array | None,
+    central_sums: Callable[..., tuple[jax.Array, ...]],
     known_mean: jax.Array | None = None,
 ) -> Moments:
-    """The moments of values, or of parts with mean `x`.
+    """The moments of values, or of parts whose means are `batch.x`.
 
     `central_sums(x, center, weights, feature_axes)` returns Σwδ, Σw|δ|² and, of parts,
-    the sum of their own variances. Where this device's `known_mean` costs nothing, it
-    is a better center than the shift.
+    the sum of their own variances. This device's mean, where it is known, is a better
+    center than the shift. Moments do not depend on the center, and neither do their
+    derivatives: it is constant.
     """
-    _devices.require_bound(axis_name, axis_index_groups)
-    if shift is not None and axis_index_groups is None:
-        _devices.require_same_on_all("shift", shift, axis_name)  # Or in each group.
-
-    def all_sum(*sums):
-        sums = _devices.all_sum(sums, axis_name, axis_index_groups)
-        return [checkpoint_name(s, "jaxbn_moments") for s in sums]
-
-    # The moments do not depend on the center, so neither does their derivative.
-    count = _sums.total_weight(x, weights, feature_axes)
-    if count.size == 1 and _devices.is_spread_further(x, weights, axis_name):
-        # Features are split, one to a device, and weights are not: so are not counts.
-        count = count.reshape(())
+    _devices.require_bound(batch.axis_name, batch.axis_index_groups)
+    if shift is not None and batch.axis_index_groups is None:  # Or in each group.
+        _devices.require_same_on_all("shift", shift, batch.axis_name)
+    data = batch.weights, batch.feature_axes
     if shift is not None and known_mean is None:
-        sums = central_sums(x, shift, weights, feature_axes)
-        *sums, count = all_sum(*sums, count)
+        *sums, count = batch.all_sum(*central_sums(batch.x, shift, *data), batch.count)
         return _from_sums(shift, count, *sums)
-    if known_mean is not None and axis_name is None:
-        center, count = all_sum(known_mean, count)
-    else:
-        if known_mean is None:
-            data = lax.stop_gradient(x)
-            total = _sums.weighted_sum(data, weights, feature_axes)
-        else:
-            total = count * known_mean
-        total, count = all_sum(total, count)
-        center = _sums.over(total, count)
+    center, count = _mean(batch, known_mean)
     if shift is not None:
         center = _devices.where(count > 0, center, shift)
-    sums = all_sum(*central_sums(x, center, weights, feature_axes))
+    sums = batch.all_sum(*central_sums(batch.x, center, *data))
     return _from_sums(center, count, *sums)
+
+
+def _mean(batch: Batch, here: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """A first pass: the mean, as a constant, and the count. `here` is this device's."""
+    count = batch.count
+    if here is not None and batch.axis_name is None:
+        mean, count = batch.all_sum(here, count)
+        return mean, count
+    if here is None:
+        x = lax.stop_gradient(batch.x)
+        total = _sums.weighted_sum(x, batch.weights, batch.feature_axes)
+    else:
+        total = count * here
+    total, count = batch.all_sum(total, count)
+    return _sums.over(total, count), count
 
 
 def _from_sums(
@@ -283,11 +325,11 @@ def whole_count(m: Moments) -> jax.Array:
     return _devices.shard_like(jnp.broadcast_to(count, mean.shape), mean)
 
 
-def _checked_shift(shift, x, feature_axes) -> jax.Array | None:
+def _checked_shift(shift: ArrayLike | None, batch: Batch) -> jax.Array | None:
     if shift is None:
         return None
     shift = lax.stop_gradient(_dtypes.inexact_array("shift", shift))
-    _dtypes.require_no_imaginary_loss("shift", shift, "x", x.dtype)
-    _axes.require_features("shift", shift, x, feature_axes)
-    shift = shift.astype(_dtypes.widen(x).dtype)
+    _dtypes.require_no_imaginary_loss("shift", shift, "x", batch.x.dtype)
+    _axes.require_features("shift", shift, batch.x, batch.feature_axes)
+    shift = shift.astype(_dtypes.widen(batch.x).dtype)
     return jnp.where(jnp.isfinite(shift), shift, 0)

@@ -1,15 +1,19 @@
 """`normalize`: from given statistics to the output."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxbn import _axes, _devices, _dtypes
+from jaxbn import _axes, _devices, _dtypes, _sums
 
+# The name of the compiled function that `normalize` is, by which programs are searched.
 NAME = "jaxbn_normalize"
+OPTIONAL = ("scale", "bias")
 
 
 @_dtypes.mixing
@@ -66,16 +70,71 @@ def normalize(
     References:
       Ioffe and Szegedy, "Batch Normalization" (2015), algorithm 2.
     """
+    options = {"feature_axes": feature_axes, "epsilon": epsilon, "dtype": dtype}
+    return normalize_given(x, mean, var, scale, bias, weights=None, **options)
+
+
+def normalize_given(
+    x: ArrayLike,
+    mean: ArrayLike,
+    var: ArrayLike,
+    scale: ArrayLike | None,
+    bias: ArrayLike | None,
+    *,
+    feature_axes: _axes.Axes,
+    epsilon: ArrayLike,
+    weights: ArrayLike | None,
+    dtype: DTypeLike | None,
+) -> jax.Array:
+    """`normalize`, where NaN under `weights` reaches no gradient."""
     x = _dtypes.inexact_array("x", x)
-    feature_axes = _axes.canonical(feature_axes, x.ndim)
+    axes = _axes.canonical(feature_axes, x.ndim)
     dtype = _dtypes.output(x.dtype, dtype)
-    mean = checked_vector("mean", mean, x, feature_axes, dtype)
-    var = checked_vector("var", var, x, feature_axes, dtype)
+    mean = checked_vector("mean", mean, x, axes, dtype)
+    var = checked_vector("var", var, x, axes, dtype)
     _dtypes.require_no_imaginary_loss("var", var, "a variance", jnp.float32)
-    scale = optional_vector("scale", scale, x, feature_axes, dtype)
-    bias = optional_vector("bias", bias, x, feature_axes, dtype)
+    scale = optional_vector("scale", scale, x, axes, dtype)
+    bias = optional_vector("bias", bias, x, axes, dtype)
+    if weights is not None:
+        weights = _axes.weights_like(weights, x, _dtypes.accumulation(x.dtype))
+    vectors = mean, var, scale, bias, checked_epsilon(epsilon)
+    return normalize_masked(x, *vectors, weights, feature_axes=axes, dtype=dtype)
+
+
+def normalize_masked(
+    x: jax.Array,
+    *vectors_and_weights: jax.Array | None,
+    by: Callable[..., jax.Array] | None = None,
+    **options: Any,
+) -> jax.Array:
+    """`by`, but x itself where it is masked and not finite.
+
+    `by` is `normalized`, or a function of the same operands; the weights come last.
+    """
+    by = by or normalized
+    *vectors, weights = vectors_and_weights
+    if weights is None:
+        return by(x, *vectors, **options)
+    # NaN under the mask passes by the arithmetic, whose derivative would be 0 · NaN.
+    masked = _sums.masked_nonfinite(x, weights)
+    y = by(jnp.where(masked, 0, x), *vectors, **options)
+    return _devices.where(masked, x.astype(y.dtype), y)
+
+
+def normalized(
+    x: jax.Array,
+    mean: jax.Array,
+    var: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    epsilon: jax.Array,
+    *,
+    feature_axes: tuple[int, ...],
+    dtype,
+) -> jax.Array:
+    """`normalize` of operands that were checked."""
     apply = _named_apply(feature_axes, dtype, scale is not None, bias is not None)
-    return apply(x, mean, var, scale, bias, checked_epsilon(epsilon))
+    return apply(x, mean, var, scale, bias, epsilon)
 
 
 def checked_vector(
@@ -117,9 +176,12 @@ def checked_epsilon(epsilon: ArrayLike) -> jax.Array:
     return lax.stop_gradient(array)
 
 
-def inverse_deviation(var: jax.Array, epsilon: jax.Array) -> jax.Array:
-    """1 / √(var + epsilon)."""
-    return _rsqrt(var + epsilon.astype(var.dtype))
+def factors(
+    var: jax.Array, epsilon: jax.Array, scale: jax.Array | None, *like: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """inv = 1/√(var + epsilon) and k = scale·inv, at least as wide as `like`."""
+    inv = _rsqrt(var + epsilon.astype(var.dtype))
+    return inv, inv if scale is None else inv * _dtypes.widen(scale, *like)
 
 
 @jax.custom_jvp
@@ -136,18 +198,18 @@ def _rsqrt_jvp(primals, tangents):
     return inv, -0.5 * tangents[0] * inv * inv * inv
 
 
-def normalize_shifted(
+def normalized_in_two_steps(
     x: jax.Array,
     mean: jax.Array,
     var: jax.Array,
     scale: jax.Array | None,
     bias: jax.Array,
+    epsilon: jax.Array,
     *,
     feature_axes: tuple[int, ...],
-    epsilon: jax.Array,
     dtype,
 ) -> jax.Array:
-    """`normalize` in two operations an element instead of three.
+    """`normalized` in two operations an element instead of three.
 
         y = (x − m)·k      k = scale / √(var + epsilon)      m = mean − bias / k
 
@@ -156,9 +218,7 @@ def normalize_shifted(
     """
     vectors = (mean, var, scale, bias)
     mean, var, bias = (_dtypes.widen(v, x, *vectors) for v in (mean, var, bias))
-    k = inverse_deviation(var, epsilon)
-    if scale is not None:
-        k = k * _dtypes.widen(scale, x, *vectors)
+    _, k = factors(var, epsilon, scale, x, *vectors)
     bias = _devices.shard_like(bias, k)
     tiny = jnp.finfo(bias.dtype).tiny
     least = jnp.where(bias == 0, 0, jnp.maximum(jnp.abs(bias) * 1e-30, tiny))
@@ -170,10 +230,7 @@ def normalize_shifted(
 
 @functools.cache
 def _named_apply(feature_axes: tuple[int, ...], dtype, has_scale: bool, has_bias: bool):
-    """The formula as a jit of its own, whose name programs can be searched for.
-
-    The name tells the feature axes, and which of the optional operands there are.
-    """
+    """The formula as a compiled function, named for the operands that it takes."""
 
     def apply(x, mean, var, scale, bias, epsilon):
         vectors = (mean, var, scale, bias)
@@ -183,15 +240,24 @@ def _named_apply(feature_axes: tuple[int, ...], dtype, has_scale: bool, has_bias
                 _dtypes.widen(vector, x, *vectors), feature_axes, x.ndim
             )
 
-        factor = inverse_deviation(wide(var), epsilon)
-        if scale is not None:
-            factor = factor * wide(scale)
-        y = (_dtypes.widen(x, *vectors) - wide(mean)) * factor
+        _, k = factors(wide(var), epsilon, None if scale is None else wide(scale))
+        y = (_dtypes.widen(x, *vectors) - wide(mean)) * k
         if bias is not None:
             y = y + wide(bias)
         return y.astype(dtype)
 
-    optional = ["scale"] * has_scale + ["bias"] * has_bias
+    optional = [
+        n for n, has in zip(OPTIONAL, (has_scale, has_bias), strict=True) if has
+    ]
     apply.__name__ = "_".join([NAME, "axis", *map(str, feature_axes), *optional])
     # What its derivative keeps is x, not x − mean.
     return jax.jit(jax.checkpoint(apply, prevent_cse=False))
+
+
+def operands_of(name: str) -> list[str] | None:
+    """The operands of the compiled function of this name; None of another function."""
+    if not name.startswith(NAME):
+        return None
+    words = name.split("_")
+    optional = [operand for operand in OPTIONAL if operand in words]
+    return ["x", "mean", "var", *optional, "epsilon"]

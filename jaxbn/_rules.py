@@ -25,20 +25,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn import _axes, _devices, _dtypes, _kernels, _sums
-from jaxbn._kernels import GPUS, Operation
-from jaxbn._normalize import inverse_deviation, normalize, normalize_shifted
+from jaxbn._kernels import GPUS, Bound, Operation
+from jaxbn._normalize import (
+    factors,
+    normalize_masked,
+    normalized,
+    normalized_in_two_steps,
+)
 
 GPU_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
-
-
-class Static(NamedTuple):
-    """What must be known while tracing."""
-
-    feature_axes: tuple[int, ...]
-    dtype: Any
-    axis_name: _devices.AxisName | None
-    axis_index_groups: _devices.Groups | None
-    kernels: _kernels.Chosen | None = None
 
 
 class Given(NamedTuple):
@@ -49,6 +44,26 @@ class Given(NamedTuple):
     count: jax.Array
     weights: jax.Array | None
     epsilon: jax.Array
+
+    def factors(self, x, scale) -> tuple[jax.Array, jax.Array]:
+        """inv and k, as wide as x."""
+        return factors(self.var, self.epsilon, scale, x)
+
+
+class Options(NamedTuple):
+    """What a rule must know while tracing."""
+
+    feature_axes: tuple[int, ...]
+    dtype: Any
+    axis_name: _devices.AxisName | None
+    axis_index_groups: _devices.Groups | None
+    kernels: _kernels.Chosen | None = None
+
+    def normalize(self, x, scale, bias, given: Given, by=normalized) -> jax.Array:
+        """y, by the formula that `by` is."""
+        vectors = given.mean, given.var, scale, bias, given.epsilon
+        options = {"feature_axes": self.feature_axes, "dtype": self.dtype}
+        return normalize_masked(x, *vectors, given.weights, by=by, **options)
 
 
 def rule_operands(x, scale, bias, given: Given) -> tuple:
@@ -71,89 +86,61 @@ def _constant_to_first_order_jvp(primals, tangents):
     return x, jnp.zeros_like(x)
 
 
-class _Output(NamedTuple):
-    """`normalize_hidden` by one way to normalize, as an `Operation` takes it."""
-
-    static: Static
-    normalize: Callable
-
-    def __call__(self, x, scale, bias, given: Given) -> tuple[jax.Array]:
-        return (normalize_hidden(self.static, x, scale, bias, given, self.normalize),)
-
-
-def _output(static: Static, x, scale, bias, given: Given) -> jax.Array:
+def _output(options: Options, x, scale, bias, given: Given) -> jax.Array:
     """y, in a form that GPUs do not have to store what an activation makes of it.
 
     With one operation less, XLA computes a mask such as y > 0 anew in each kernel of
     the backward pass, from the x that it reads there anyway.
     """
     if bias is None or jnp.iscomplexobj(bias) or x.dtype not in GPU_DTYPES:
-        return normalize_hidden(static, x, scale, bias, given)
-    forms = _Output(static, normalize), _Output(static, normalize_shifted)
-    (y,) = Operation(*forms, GPUS)(x, scale, bias, given)
+        return options.normalize(x, scale, bias, given)
+    ways = normalized, normalized_in_two_steps
+    general, special = (Bound(_in_a_tuple, (options, way)) for way in ways)
+    (y,) = Operation(general, special, GPUS)(x, scale, bias, given)
     return y
 
 
-def normalize_hidden(
-    static: Static, x, scale, bias, given: Given, normalize: Callable = normalize
-) -> jax.Array:
-    """y, and x itself where it is not finite and its weight is 0."""
-    apply = partial(
-        normalize,
-        mean=given.mean,
-        var=given.var,
-        scale=scale,
-        bias=bias,
-        feature_axes=static.feature_axes,
-        epsilon=given.epsilon,
-        dtype=static.dtype,
-    )
-    if given.weights is None:
-        return apply(x)
-    # NaN under the mask passes by the arithmetic, whose derivative would be 0 · NaN.
-    hidden = _sums.hidden(x, given.weights)
-    y = apply(jnp.where(hidden, 0, x))
-    return _devices.where(hidden, x.astype(static.dtype), y)
+def _in_a_tuple(options: Options, by: Callable, x, scale, bias, given: Given) -> tuple:
+    return (options.normalize(x, scale, bias, given, by),)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def vjp_form(static: Static, x, scale, bias, given: Given) -> jax.Array:
-    return _output(static, x, scale, bias, given)
-
-
-def _vjp_form_fwd(static: Static, x, scale, bias, given: Given):
-    return _output(static, x, scale, bias, given), (x, scale, bias, given)
+def _vjp_form_fwd(options: Options, x, scale, bias, given: Given):
+    return _output(options, x, scale, bias, given), (x, scale, bias, given)
 
 
 @_dtypes.mixing
-def _vjp_form_bwd(static: Static, residuals, c):
+def _vjp_form_bwd(options: Options, residuals, c):
     x, scale, bias, given = residuals
-    inv, k = factors(x, scale, given)
+    inv, k = given.factors(x, scale)
     vectors = scale, bias, inv, k, given
-    if static.kernels:
-        arrays = c, x, given.mean, given.weights
-        local = _kernels.cotangent_sums(static.kernels, *arrays)
-        c1, c0, *cotangents = pull_back(static, local, x, *vectors)
-        dx = _kernels.input_cotangent(static.kernels, *arrays, k, c1, c0)
+    if options.kernels:
+        data, last = (c, x, given.mean), (given.weights, options.kernels)
+        local = _kernels.cotangent_sums(*data, *last)
+        c1, c0, *cotangents = pull_back(options, local, x, *vectors)
+        dx = _kernels.input_cotangent(*data, k, c1, c0, *last)
     else:
-        wide, wide_c, expand = _widened(static, x, c, scale, given)
+        wide, wide_c, expand = _widened(options, x, c, scale, given)
         summed = wide + expand(-given.mean)
-        local = _sums.cotangent_sums(wide_c, summed, static.feature_axes)
-        c1, c0, *cotangents = pull_back(static, local, x, *vectors)
+        local = _sums.cotangent_sums(wide_c, summed, options.feature_axes)
+        c1, c0, *cotangents = pull_back(options, local, x, *vectors)
         elements = wide_c, wide - expand(given.mean), k, c1, c0, given.weights
-        dx = _sums.input_cotangent(*elements, static.feature_axes)
+        dx = _sums.input_cotangent(*elements, options.feature_axes)
     return as_cotangent(dx, x), *cotangents, None
 
 
-def pull_back(static: Static, local, x, scale, bias, inv, k, given: Given):
+vjp_form = jax.custom_vjp(_output, nondiff_argnums=(0,))
+vjp_form.defvjp(_vjp_form_fwd, _vjp_form_bwd)
+
+
+def pull_back(options: Options, local, x, scale, bias, inv, k, given: Given):
     """c1 and c0 of `_sums.input_cotangent`, and the cotangents of scale and bias.
 
     `local` are Σc and Σc·δ over this device's part, c being the cotangent of y. Of `x`
     only the type counts: what it varies over.
     """
     n = given.count
-    over = static.axis_name, static.axis_index_groups
-    if _devices.same_on_all(k, x, static.axis_name):
+    over = options.axis_name, options.axis_index_groups
+    if _devices.same_on_all(k, x, options.axis_name):
         total = _devices.all_sum(local, *over)
         sum_kc, sum_kc_delta = k * total[0], (k * total[1]).real
     else:  # Scale may differ between the devices: k is summed with c.
@@ -166,41 +153,36 @@ def pull_back(static: Static, local, x, scale, bias, inv, k, given: Given):
     def vector(operand, here, everywhere):
         if operand is None:
             return None
-        ct = _devices.cotangent_like(operand, here, everywhere, static.axis_name)
+        ct = _devices.cotangent_like(operand, here, everywhere, options.axis_name)
         return as_cotangent(ct, operand)
 
     dscale = vector(scale, local[1] * inv, total[1] * inv)
     return c1, c0, dscale, vector(bias, local[0], total[0])
 
 
-vjp_form.defvjp(_vjp_form_fwd, _vjp_form_bwd)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def jvp_form(static: Static, x, scale, bias, given: Given) -> jax.Array:
-    return _output(static, x, scale, bias, given)
+jvp_form = jax.custom_jvp(_output, nondiff_argnums=(0,))
 
 
 @jvp_form.defjvp
 @_dtypes.mixing
-def _jvp_form_jvp(static: Static, primals, tangents):
+def _jvp_form_jvp(options: Options, primals, tangents):
     x, scale, _, given = primals
     # Transposed, this recomputes δ from x instead of keeping it.
     tangent = jax.checkpoint(_tangent, prevent_cse=False, static_argnums=0)
-    dy = tangent(static, x, scale, given, *tangents[:3])
-    return jvp_form(static, *primals), dy
+    dy = tangent(options, x, scale, given, *tangents[:3])
+    return jvp_form(options, *primals), dy
 
 
-def _tangent(static: Static, x, scale, given: Given, dx, dscale, dbias):
-    inv, k = factors(x, scale, given)
+def _tangent(options: Options, x, scale, given: Given, dx, dscale, dbias):
+    inv, k = given.factors(x, scale)
     n = given.count
-    x, dx, expand = _widened(static, x, dx, scale, given)
+    x, dx, expand = _widened(options, x, dx, scale, given)
     wdx = _sums.times(dx, given.weights)
     # The transpose turns elementwise into summed and back: hence x − mean in the sum.
     delta = (x - expand(given.mean)).conj()
-    sums = _sums.cotangent_sums(wdx, delta, static.feature_axes)
+    sums = _sums.cotangent_sums(wdx, delta, options.feature_axes)
     total = _devices.all_sum(
-        (sums[0], sums[1].real), static.axis_name, static.axis_index_groups
+        (sums[0], sums[1].real), options.axis_name, options.axis_index_groups
     )
     c0 = -k * _sums.over(total[0], n)
     c1 = -_sums.over(total[1], n) * inv * inv * k
@@ -209,21 +191,14 @@ def _tangent(static: Static, x, scale, given: Given, dx, dscale, dbias):
     if dscale is not None:
         c1 = c1 + inv * _dtypes.widen(dscale, x)
     dy = dx * expand(k) + ((x + expand(-given.mean)) * expand(c1) + expand(c0))
-    return dy.astype(static.dtype)
+    return dy.astype(options.dtype)
 
 
-def factors(x, scale, given: Given) -> tuple[jax.Array, jax.Array]:
-    """inv and k."""
-    inv = inverse_deviation(given.var, given.epsilon)
-    return inv, inv if scale is None else inv * _dtypes.widen(scale, x)
-
-
-def _widened(static: Static, x, dx, scale, given: Given):
+def _widened(options: Options, x, dx, scale, given: Given):
     """x and its (co)tangent, to compute with, and what expands vectors to them."""
-    expand = partial(_axes.expand, feature_axes=static.feature_axes, ndim=x.ndim)
+    expand = partial(_axes.expand, feature_axes=options.feature_axes, ndim=x.ndim)
     x, dx = _dtypes.widen(x, scale), _dtypes.widen(dx, x, scale)
-    if given.weights is not None:
-        x = _devices.where(_sums.hidden(x, given.weights), expand(given.mean), x)
+    x = _sums.finite(x, given.weights, expand(given.mean))
     return x, dx, expand
 
 

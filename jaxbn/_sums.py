@@ -142,9 +142,16 @@ def times(x: jax.Array, weights: jax.Array | None) -> jax.Array:
     return select(product, weights, 0)
 
 
-def hidden(x: jax.Array, weights: jax.Array) -> jax.Array:
+def masked_nonfinite(x: jax.Array, weights: jax.Array) -> jax.Array:
     """Where x is not finite and its weight is 0."""
     return ~(_present(weights) | jnp.isfinite(x))
+
+
+def finite(x: jax.Array, weights: jax.Array | None, replacement) -> jax.Array:
+    """x, and `replacement` where it is masked and not finite."""
+    if weights is None:
+        return x
+    return _devices.where(masked_nonfinite(x, weights), replacement, x)
 
 
 def squared(x: jax.Array) -> jax.Array:

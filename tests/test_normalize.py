@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxbn
-from jaxbn._normalize import normalize_shifted
+from jaxbn._normalize import normalized_in_two_steps
 
 AFFINE = ("none", "scale", "bias", "both")
 VECTORS = ("features", "one_leading", "two_leading")
@@ -134,7 +134,7 @@ def test_two_operations_are_as_exact_as_three(mean, offset, var, scale, bias):
     x = np.float32(mean + offset * np.sqrt(var))
     vectors = [jnp.full(1, v, jnp.float32) for v in (mean, var, scale, bias)]
     options = {"feature_axes": (1,), "epsilon": jnp.float32(1e-5), "dtype": "float32"}
-    y = normalize_shifted(jnp.full((1, 1), x), *vectors, **options)
+    y = normalized_in_two_steps(jnp.full((1, 1), x), *vectors, **options)
     mean, var, scale, bias = (float(v[0]) for v in vectors)
     truth = oracle.normalize(x, mean, var, scale, bias)
     factor = abs(scale) / np.sqrt(var + 1e-5)
@@ -146,9 +146,9 @@ def test_two_operations_are_as_exact_as_three(mean, offset, var, scale, bias):
 def test_two_operations_leave_what_is_0_at_0():
     x, zero = numbers((6, 2), "float32"), jnp.zeros(2)
     options = {"feature_axes": (1,), "epsilon": jnp.float32(1e-5), "dtype": "float32"}
-    assert not normalize_shifted(x, zero, zero, zero, zero, **options).any()
+    assert not normalized_in_two_steps(x, zero, zero, zero, zero, **options).any()
     bias = jnp.array([3.0, -1e-3])
-    y = normalize_shifted(x, zero, zero, zero, bias, **options)
+    y = normalized_in_two_steps(x, zero, zero, zero, bias, **options)
     assert_close(y, np.broadcast_to(bias, y.shape), rtol=1e-6, atol=0)
 
 
@@ -156,5 +156,5 @@ def test_two_operations_where_the_variance_is_not_finite():
     x, zero = numbers((6, 2), "float32"), jnp.zeros(2)
     options = {"feature_axes": (1,), "epsilon": jnp.float32(1e-5), "dtype": "float32"}
     bias = jnp.array([3.0, 1e-19])
-    y = normalize_shifted(x, zero, zero + jnp.inf, zero + 1, bias, **options)
+    y = normalized_in_two_steps(x, zero, zero + jnp.inf, zero + 1, bias, **options)
     assert_close(y, np.broadcast_to(bias, y.shape), rtol=1e-5, atol=1e-30)

@@ -98,8 +98,17 @@ def layer(
     return make(**options)
 
 
+def make_hashable(module: Any) -> None:
+    """Makes lists in fields tuples: a module that is static to a `jit` is hashed."""
+    module.axis, module.axis_name, groups = hashable(
+        module.axis, module.axis_name, getattr(module, "axis_index_groups", None)
+    )
+    if groups is not None:
+        module.axis_index_groups = groups
+
+
 def hashable(axis, axis_name, axis_index_groups) -> tuple:
-    """Lists as tuples: a module is hashed where it is static to a compiled function."""
+    """The three, with tuples in place of lists."""
     axis = tuple(axis) if isinstance(axis, Iterable) else axis
     return axis, *_devices.hashable(axis_name, axis_index_groups)
 

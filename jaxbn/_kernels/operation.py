@@ -22,6 +22,17 @@ CPU, GPUS = ("cpu",), ("cuda", "rocm")
 PLATFORMS = (*CPU, *GPUS)
 
 
+class Bound(NamedTuple):
+    """A function with its first arguments, which no array is: equal by value."""
+
+    function: Callable
+    static: tuple
+
+    def __call__(self, *operands: Any) -> Any:
+        """What the function returns."""
+        return self.function(*self.static, *operands)
+
+
 class Operation(NamedTuple):
     """Both forms, functions of the same arrays that return the same tuple of arrays.
 

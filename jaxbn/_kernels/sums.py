@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 
 from jaxbn import _axes, _devices, _dtypes, _sums
 from jaxbn._devices import spread
-from jaxbn._kernels.operation import CPU, Operation
+from jaxbn._kernels.operation import CPU, Bound, Operation
 
 FeatureAxes = tuple[int, ...]
 DTYPES = (jnp.float32, jnp.bfloat16)
@@ -51,22 +51,27 @@ def choose(
     x: jax.Array,
     feature_axes: FeatureAxes,
     weights: jax.Array | None = None,
-    *dtypes: DTypeLike,
 ) -> Chosen | None:
-    """The kernels, or None for XLA; refused if demanded and not to be had.
-
-    `dtypes` are those of what else must be as narrow as the kernels' arithmetic.
-    """
+    """The kernels, or None for XLA; an error if they are demanded in vain."""
     require_implementation(implementation)
     if implementation == "xla":
         return None
-    obstacle = _obstacle(x, feature_axes, weights, dtypes)
-    if obstacle and implementation == "native":
+    chosen = Chosen(feature_axes, implementation == "native")
+    return _unless(_obstacle(x, feature_axes, weights), chosen)
+
+
+def for_dtypes(chosen: Chosen | None, *dtypes: DTypeLike) -> Chosen | None:
+    """The kernels, if they also know the dtypes of further operands."""
+    return chosen and _unless(_unknown_dtype(*dtypes), chosen)
+
+
+def _unless(obstacle: str | None, chosen: Chosen) -> Chosen | None:
+    if obstacle and chosen.demanded:
         raise ValueError(
             f"`implementation` is 'native', but the kernels cannot be used: {obstacle} "
             "Leave it out to have XLA compute where they cannot."
         )
-    return None if obstacle else Chosen(feature_axes, implementation == "native")
+    return None if obstacle else chosen
 
 
 def require_implementation(implementation: str | None) -> None:
@@ -86,90 +91,80 @@ def unless_for_accelerators(chosen: Chosen) -> Chosen | None:
 
 
 def first_pass(
-    chosen: Chosen,
     x: jax.Array,
-    weights: jax.Array | None,
     shift: jax.Array | None,
+    weights: jax.Array | None,
+    chosen: Chosen,
 ) -> FirstPass:
-    """What a first read of `x` tells. XLA's takes the shift, if any, for the mean.
+    """What a first read of `x` finds. XLA takes the shift, if any, for the mean.
 
-    Of data: gradients stop here.
+    Gradients stop here.
     """
-    operands = lax.stop_gradient((x, weights, shift))
+    operands = lax.stop_gradient((x, shift, weights))
     return FirstPass(*_operation(chosen, _xla_first_pass, _first_pass)(*operands))
 
 
 def central_sums(
-    chosen: Chosen,
     x: jax.Array,
     center: jax.Array,
-    weights: jax.Array | None,
     known: FirstPass,
+    weights: jax.Array | None,
+    chosen: Chosen,
 ) -> tuple[jax.Array, jax.Array]:
     """Σwδ and Σw|δ|² about `center`, which is constant to all derivatives."""
-    operands = x, lax.stop_gradient(center), weights, known
+    operands = x, lax.stop_gradient(center), known, weights
     return _operation(chosen, _xla_central_sums, _central_sums)(*operands)
 
 
 def cotangent_sums(
-    chosen: Chosen,
     dy: jax.Array,
     x: jax.Array,
     mean: jax.Array,
     weights: jax.Array | None,
+    chosen: Chosen,
 ) -> tuple[jax.Array, jax.Array]:
-    """Σdy and Σdy·(x − mean), x being the mean where it is hidden."""
+    """Σdy and Σdy·(x − mean); x is the mean where it is masked and not finite."""
     operands = dy, x, mean, weights
     return _operation(chosen, _xla_cotangent_sums, _cotangent_sums)(*operands)
 
 
 def input_cotangent(
-    chosen: Chosen,
     dy: jax.Array,
     x: jax.Array,
     mean: jax.Array,
-    weights: jax.Array | None,
     k: jax.Array,
     c1: jax.Array,
     c0: jax.Array,
+    weights: jax.Array | None,
+    chosen: Chosen,
 ) -> jax.Array:
     """`_sums.input_cotangent` of δ = x − mean, in the dtype of `x`."""
-    operands = dy, x, mean, weights, k, c1, c0
+    operands = dy, x, mean, k, c1, c0, weights
     return _operation(chosen, _xla_input_cotangent, _input_cotangent)(*operands)[0]
 
 
 def _operation(chosen: Chosen, xla: Callable, native: Callable) -> Operation:
-    axes = chosen.feature_axes
-    return Operation(_Form(xla, axes), _Form(native, axes), CPU, chosen.demanded)
+    general, special = (Bound(form, (chosen.feature_axes,)) for form in (xla, native))
+    return Operation(general, special, CPU, chosen.demanded)
 
 
-class _Form(NamedTuple):
-    """A function of the feature axes and of arrays, as a function of arrays."""
-
-    f: Callable
-    feature_axes: FeatureAxes
-
-    def __call__(self, *operands):
-        return self.f(self.feature_axes, *operands)
-
-
-def _xla_first_pass(axes: FeatureAxes, x, weights, shift) -> FirstPass:
+def _xla_first_pass(axes: FeatureAxes, x, shift, weights) -> FirstPass:
     if shift is None:
         n = _sums.total_weight(x, weights, axes)
         shift = _sums.over(_sums.weighted_sum(x, weights, axes), n)
     return FirstPass(shift, *[jnp.zeros_like(shift)] * 2)
 
 
-def _first_pass(axes: FeatureAxes, x, weights, shift) -> FirstPass:
+def _first_pass(axes: FeatureAxes, x, shift, weights) -> FirstPass:
     out = (spread.VECTOR,) * 3
     return FirstPass(*_over_devices(_local_moments, axes, x, weights, out=out))
 
 
-def _xla_central_sums(axes: FeatureAxes, x, center, weights, known):
+def _xla_central_sums(axes: FeatureAxes, x, center, known, weights):
     return _sums.central_sums(x, center, weights, axes)
 
 
-def _central_sums(axes: FeatureAxes, x, center, weights, known: FirstPass):
+def _central_sums(axes: FeatureAxes, x, center, known: FirstPass, weights):
     return _about(center, _sums.total_weight(x, weights, axes), known)
 
 
@@ -181,34 +176,36 @@ def _cotangent_sums(axes: FeatureAxes, dy, x, mean, weights):
     return _over_devices(_local_cotangent_sums, axes, x, weights, dy, mean)
 
 
-def _xla_input_cotangent(axes: FeatureAxes, dy, x, mean, weights, k, c1, c0):
+def _xla_input_cotangent(axes: FeatureAxes, dy, x, mean, k, c1, c0, weights):
     dy, delta = _dtypes.widen(dy), _delta(axes, x, mean, weights)
     dx = _sums.input_cotangent(dy, delta, k, c1, c0, weights, axes)
     return (dx.astype(x.dtype),)
 
 
-def _input_cotangent(axes: FeatureAxes, dy, x, mean, weights, *vectors):
-    rest = dy, mean, *vectors
+def _input_cotangent(axes: FeatureAxes, dy, x, mean, k, c1, c0, weights):
+    rest = dy, mean, k, c1, c0
     out = (spread.X,)
     return _over_devices(_local_input_cotangent, axes, x, weights, *rest, out=out)
 
 
 def _delta(axes: FeatureAxes, x, mean, weights):
-    """x − mean, and 0 where x is hidden."""
+    """x − mean, and 0 where x is masked and not finite."""
     x, mean = _dtypes.widen(x), _axes.expand(mean, axes, x.ndim)
-    if weights is not None:
-        x = _devices.where(_sums.hidden(x, weights), mean, x)
-    return x - mean
+    return _sums.finite(x, weights, mean) - mean
 
 
-def _obstacle(x, feature_axes: FeatureAxes, weights, dtypes) -> str | None:
-    """Why the kernels cannot be used, as a sentence."""
-    if (missing := _missing()) is not None:
-        return missing
-    given = ", ".join(str(jnp.dtype(dtype)) for dtype in DTYPES)
-    for dtype in (x.dtype, *dtypes):
+def _unknown_dtype(*dtypes: DTypeLike) -> str | None:
+    for dtype in dtypes:
         if dtype not in DTYPES:
-            return f"they are for {given}, and there is an array of {dtype}."
+            known = ", ".join(str(jnp.dtype(dtype)) for dtype in DTYPES)
+            return f"they are for {known}, and there is an array of {dtype}."
+    return None
+
+
+def _obstacle(x, feature_axes: FeatureAxes, weights) -> str | None:
+    """Why the kernels cannot be used, as a sentence."""
+    if why := _missing() or _unknown_dtype(x.dtype):
+        return why
     first, last = feature_axes[0] if feature_axes else 0, len(feature_axes)
     if feature_axes != tuple(range(first, first + last)):
         return f"the feature axes {feature_axes} are not next to each other."
@@ -248,43 +245,34 @@ def _over_devices(
         shape = [1 if i in axes else n for i, n in enumerate(x.shape)]
         operands.append(jnp.broadcast_to(weights, shape).astype(jnp.float32))
         roles.append(spread.WEIGHTS)
-    local = _Local(f, axes, weights is not None)
+    local = Bound(f, (axes,))
     return tuple(spread.spread(local, (spread.X, *roles), out, axes)(*operands))
 
 
-class _Local(NamedTuple):
-    """A function of names, feature axes, x, weights, ..., as `spread` takes it."""
-
-    f: Callable
-    feature_axes: FeatureAxes
-    weighted: bool
-
-    def __call__(self, names: tuple[str, ...], x, *rest):
-        *rest, weights = rest if self.weighted else (*rest, None)
-        return tuple(self.f(names, self.feature_axes, x, weights, *rest))
-
-
-def _local_moments(names, axes: FeatureAxes, x, weights):
+def _local_moments(axes: FeatureAxes, names, x, weights=None) -> tuple:
     kernel = importlib.import_module("jaxbn_cpu").moments
-    known = FirstPass(*kernel(x, weights, feature_axes=axes))
+    mean, *rest = kernel(x, weights, feature_axes=axes)
     if not names:
-        return known
+        return mean, *rest
     n = _sums.total_weight(x, weights, axes)
-    total, whole = _devices.all_sum((n * known.mean, n), names)
+    total, whole = _devices.all_sum((n * mean, n), names)
     center = _sums.over(total, whole)
+    known = FirstPass(mean, *rest)
     first, squares = _devices.all_sum(_about(center, n, known), names)
-    return FirstPass(center, _sums.over(first, whole), squares)
+    return center, _sums.over(first, whole), squares
 
 
-def _local_cotangent_sums(names, axes: FeatureAxes, x, weights, dy, mean):
+def _local_cotangent_sums(axes: FeatureAxes, names, x, dy, mean, weights=None) -> tuple:
     kernel = importlib.import_module("jaxbn_cpu").cotangents
     sums = kernel(dy, x, mean, weights, feature_axes=axes)
-    return _devices.all_sum(sums, names) if names else sums
+    return tuple(_devices.all_sum(sums, names) if names else sums)
 
 
-def _local_input_cotangent(names, axes: FeatureAxes, x, weights, dy, mean, *vectors):
+def _local_input_cotangent(
+    axes: FeatureAxes, names, x, dy, mean, k, c1, c0, weights=None
+) -> tuple:
     kernel = importlib.import_module("jaxbn_cpu").input_cotangent
-    return (kernel(dy, x, mean, *vectors, weights, feature_axes=axes),)
+    return (kernel(dy, x, mean, k, c1, c0, weights, feature_axes=axes),)
 
 
 def _about(center, n, known: FirstPass) -> tuple[jax.Array, jax.Array]:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn._normalize import inverse_deviation
+from jaxbn._normalize import factors
 
 
 def affine(
@@ -17,9 +17,7 @@ def affine(
     epsilon: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """A normalization as `a·x + c`: a = scale/√(var + ε), c = bias − mean·a."""
-    factor = inverse_deviation(var, epsilon)
-    if scale is not None:
-        factor = factor * scale
+    _, factor = factors(var, epsilon, scale)
     offset = -mean * factor
     return factor, offset if bias is None else offset + bias
 

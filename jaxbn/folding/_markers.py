@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from jaxbn import _normalize
 from jaxbn.folding import _layout, _program
 from jaxbn.folding._program import INPUTS, PARAMS, Op, Value
 
@@ -66,9 +67,7 @@ def read(op: Op) -> Normalization | str:
 
 def operands(op: Op) -> dict[str, Value]:
     """What a marker is given, by name; nothing where it is not called as it was."""
-    words = op.params["name"].split("_")
-    optional = [name for name in ("scale", "bias") if name in words]
-    names = ["x", "mean", "var", *optional, "epsilon"]
+    names = _normalize.operands_of(op.params["name"]) or []
     same = len(op.inputs) == len(names) and len(op.outputs) == 1
     return dict(zip(names, op.inputs, strict=True)) if same else {}
 

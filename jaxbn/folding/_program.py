@@ -165,7 +165,7 @@ def again(op: Op, value: Value) -> Op:
 
 def is_marker(name: str) -> bool:
     """Whether a call of this name is `jaxbn.normalize`."""
-    return name.startswith(_normalize.NAME)
+    return _normalize.operands_of(name) is not None
 
 
 def evaluate(ops: Sequence[Op], known: dict[Value, Any]) -> dict[Value, Any]:

@@ -7,14 +7,13 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxbn import _axes, _devices, _dtypes
-from jaxbn._batch_norm import batch_norm
-from jaxbn._normalize import normalize
 from jaxbn._running_stats import Momentum, RunningStats, init_stats, update
 from jaxbn.layers._examples import example_ids
 from jaxbn.layers._layer import (
+    Affine,
     Layer,
+    Norm,
     Params,
-    Sums,
     affine,
     compose,
     factory,
@@ -114,9 +113,7 @@ def conditional(
             params[name] = jnp.zeros((size, *shape), param_dtype)
         return params, init_stats(features, dtype=stats_dtype)
 
-    def of_each(
-        params: Params, condition, x
-    ) -> tuple[jax.Array | None, jax.Array | None]:
+    def of_each(params: Params, condition, x) -> Affine:
         """Scale and bias of each example."""
         axes = _axes.canonical(feature_axes, x.ndim)
         if by_class:
@@ -131,31 +128,30 @@ def conditional(
             }
         return affine(rows)
 
-    same = {"epsilon": epsilon, "dtype": dtype}
-    sums = Sums(
-        feature_axes, axis_name, axis_index_groups, implementation, use_fast_variance
+    norm = Norm(
+        feature_axes,
+        epsilon,
+        dtype,
+        axis_name,
+        axis_index_groups,
+        implementation,
+        use_fast_variance,
     )
 
     def train(params, state: RunningStats, x, weights, condition=None):
-        return batch_norm(
-            x,
-            *of_each(params, condition, x),
-            **same,
-            **sums.options,
-            weights=weights,
-            shift=sums.shift(state),
-            derivatives="jvp",  # Every mode, with neither scale nor bias as well.
-        )
+        batch = norm.batch(x, weights)
+        m = norm.near(state, batch)
+        # "jvp" has every mode, with neither scale nor bias as well.
+        return norm.by_moments(batch, m, of_each(params, condition, x), "jvp"), m
 
     def infer(params, state: RunningStats, x, weights, condition=None):
-        vectors = state.mean, state.var, *of_each(params, condition, x)
-        return normalize(x, *vectors, feature_axes=feature_axes, **same)
+        return norm.by_stats(x, state.mean, state.var, of_each(params, condition, x))
 
     move = functools.partial(update, momentum=momentum, unbiased=unbiased)
     return compose(
         init,
         names + kernels,
-        sums,
+        norm,
         train=train,
         infer=infer,
         update=move,

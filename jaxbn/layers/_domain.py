@@ -8,13 +8,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxbn import _axes, _devices
-from jaxbn._batch_norm import normalize_given
 from jaxbn._moments import Moments, merge_moments
 from jaxbn._running_stats import Momentum, RunningStats, init_stats, update
 from jaxbn.layers._examples import example_ids, example_moments
 from jaxbn.layers._layer import (
     Layer,
-    Sums,
+    Norm,
     affine,
     compose,
     factory,
@@ -112,7 +111,15 @@ def domain(
 
         return params if shared_affine else repeated(params), repeated(state)
 
-    sums = Sums(feature_axes, axis_name, None, implementation, use_fast_variance)
+    norm = Norm(
+        feature_axes,
+        epsilon,
+        dtype,
+        axis_name,
+        None,
+        implementation,
+        use_fast_variance,
+    )
 
     def located(x, domain_ids) -> tuple[tuple[int, ...], jax.Array]:
         """The feature axes of x, and each example's domain."""
@@ -121,7 +128,7 @@ def domain(
 
     def pooled(state: RunningStats, x, weights, domain_ids, *, fast: bool) -> Moments:
         axes, ids = located(x, domain_ids)
-        mean = sums.shift(state) if fast else None
+        mean = norm.shift(state) if fast else None
         m = example_moments(
             x,
             axes,
@@ -133,20 +140,12 @@ def domain(
 
     def normalized(params, table, x, weights, domain_ids) -> jax.Array:
         """Each example by its domain's row of a table of moments or statistics."""
-        axes, ids = located(x, domain_ids)
-        scale, bias = affine(params)
+        _, ids = located(x, domain_ids)
+        vectors = affine(params)
         if not shared_affine:
-            scale, bias = _of_each(scale, ids), _of_each(bias, ids)
-        return normalize_given(
-            x,
-            Moments(_of_each(table.mean, ids), _of_each(table.var, ids), jnp.ones(())),
-            scale,
-            bias,
-            feature_axes=axes,
-            epsilon=epsilon,
-            weights=weights,
-            dtype=dtype,
-        )
+            vectors = tuple(_of_each(v, ids) for v in vectors)
+        mean, var = _of_each(table.mean, ids), _of_each(table.var, ids)
+        return norm.by_stats(x, mean, var, vectors, weights)
 
     def train(params, state: RunningStats, x, weights, domain_ids=None):
         m = pooled(state, x, weights, domain_ids, fast=True)
@@ -162,7 +161,7 @@ def domain(
     return compose(
         init,
         names,
-        sums,
+        norm,
         train=train,
         infer=infer,
         measure=measure,

@@ -5,14 +5,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from jaxbn import _axes, _devices, _dtypes, _kernels
-from jaxbn._batch_norm import batch_norm
-from jaxbn._moments import Moments, merge_moments
-from jaxbn._normalize import normalize
+from jaxbn import _axes, _devices, _dtypes
+from jaxbn._moments import Moments, checked_batch, merge_moments, moments_about
 from jaxbn._running_stats import Momentum, RunningStats, update
 from jaxbn.layers._layer import (
     Layer,
-    Sums,
+    Norm,
     affine,
     compose,
     factory,
@@ -102,7 +100,15 @@ def ghost(
     option = require_one_count(group_size=group_size, num_groups=num_groups)
     init = init_of(use_scale, use_bias, param_dtype, stats_dtype)
     names = ["scale"] * use_scale + ["bias"] * use_bias
-    sums = Sums(feature_axes, axis_name, None, implementation, use_fast_variance)
+    norm = Norm(
+        feature_axes,
+        epsilon,
+        dtype,
+        axis_name,
+        None,
+        implementation,
+        use_fast_variance,
+    )
 
     def train(params, state: RunningStats, x, weights):
         axes = _axes.canonical(feature_axes, x.ndim)
@@ -111,45 +117,25 @@ def ghost(
             weights = _axes.weights_like(weights, x, _dtypes.accumulation(x.dtype))
             weights = groups.split(weights)
         split = groups.split(x)
-        y, m = batch_norm(
-            split,
-            groups.repeat(params.get("scale"), split),
-            groups.repeat(params.get("bias"), split),
-            feature_axes=groups.feature_axes,
-            epsilon=epsilon,
-            weights=weights,
-            shift=groups.repeat(sums.shift(state), split),
-            axis_name=groups.axis_name,
-            axis_index_groups=groups.axis_index_groups,
-            dtype=dtype,
-            derivatives=derivatives,
-            implementation=implementation,
-        )
+        over = groups.axis_name, groups.axis_index_groups
+        axes = groups.feature_axes
+        batch = checked_batch(split, axes, weights, *over, implementation)
+        m = moments_about(groups.repeat(norm.shift(state), split), batch)
+        scale, bias = (groups.repeat(v, split) for v in affine(params))
+        y = norm.by_moments(batch, m, (scale, bias), derivatives)
         m, over = _of_all_groups(m, groups, axis_name, gather=update_per_group)
         if not update_per_group:
             # A shift spares a collective, and digits where it is far.
-            by = implementation, split, groups.feature_axes, weights
-            shift = None if _kernels.choose(*by) else sums.shift(state)
+            shift = None if batch.kernels else norm.shift(state)
             m = merge_moments(m, shift=shift, axis_name=over)
         return _devices.reshape_like(y, x), m
-
-    def infer(params, state: RunningStats, x, weights):
-        return normalize(
-            x,
-            state.mean,
-            state.var,
-            *affine(params),
-            feature_axes=feature_axes,
-            epsilon=epsilon,
-            dtype=dtype,
-        )
 
     def move(state: RunningStats, m: Moments):
         if jnp.ndim(m.mean) > jnp.ndim(state.mean):
             return _updated_in_turn(state, m, momentum, unbiased)
         return update(state, m, momentum=momentum, unbiased=unbiased)
 
-    return compose(init, names, sums, train=train, infer=infer, update=move)
+    return compose(init, names, norm, train=train, infer=norm.infer, update=move)
 
 
 def _of_all_groups(

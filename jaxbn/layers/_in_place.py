@@ -7,12 +7,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxbn import _axes, _devices, _dtypes
-from jaxbn._batch_norm import checked_operands
-from jaxbn._normalize import normalize
+from jaxbn._batch_norm import rule_arguments
 from jaxbn._rules import rule_operands
 from jaxbn._running_stats import Momentum, RunningStats, update
-from jaxbn.layers._in_place_rule import Activation, Static, in_place_form
-from jaxbn.layers._layer import Layer, Sums, affine, compose, factory, init_of
+from jaxbn.layers._in_place_rule import Activation, InPlaceOptions, in_place_form
+from jaxbn.layers._layer import Layer, Norm, affine, compose, factory, init_of
 
 ACTIVATIONS = ("leaky_relu", "elu", "identity")
 
@@ -107,10 +106,14 @@ def in_place(
             scale = jnp.where(scale < 0, -scale, scale) + epsilon
         return scale, bias
 
-    same = {"feature_axes": feature_axes, "epsilon": epsilon}
-    over = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
-    sums = Sums(
-        feature_axes, axis_name, axis_index_groups, implementation, use_fast_variance
+    norm = Norm(
+        feature_axes,
+        epsilon,
+        dtype,
+        axis_name,
+        axis_index_groups,
+        implementation,
+        use_fast_variance,
     )
 
     def output_dtype(params, x) -> Any:
@@ -125,21 +128,21 @@ def in_place(
 
     def train(params, state: RunningStats, x, weights):
         out = output_dtype(params, x)
-        m = sums.near(state, x, weights)
-        rule, *operands = checked_operands(
-            x, m, *positive(params), weights=weights, dtype=out, **over, **same
-        )
-        z = in_place_form(Static(rule, phi, x.dtype), *rule_operands(*operands))
-        return z, m
+        batch = norm.batch(x, weights)
+        m = norm.near(state, batch)
+        rule, *operands = rule_arguments(batch, m, *positive(params), epsilon, out)
+        options = InPlaceOptions(rule, phi, x.dtype)
+        return in_place_form(options, *rule_operands(*operands)), m
 
     def infer(params, state: RunningStats, x, weights):
         out = output_dtype(params, x)
         wide = _dtypes.accumulation(x.dtype, out)
-        vectors = state.mean, state.var, *positive(params)
-        return phi(normalize(x, *vectors, dtype=wide, **same)).astype(out)
+        wider = norm._replace(dtype=wide)
+        y = wider.by_stats(x, state.mean, state.var, positive(params))
+        return phi(y).astype(out)
 
     move = functools.partial(update, momentum=momentum, unbiased=unbiased)
-    return compose(init, names, sums, train=train, infer=infer, update=move)
+    return compose(init, names, norm, train=train, infer=infer, update=move)
 
 
 def _activation(name: str, slope: float) -> Activation:

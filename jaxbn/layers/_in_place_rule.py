@@ -48,19 +48,19 @@ class Activation(NamedTuple):
         return jnp.where(z > 0, 1, z + 1) if self.name == "elu" else 1.0
 
 
-class Static(NamedTuple):
-    """What must be known while tracing."""
+class InPlaceOptions(NamedTuple):
+    """What the rule must know while tracing."""
 
-    rule: _rules.Static
+    rule: _rules.Options
     activation: Activation
     x_dtype: Any
 
 
-def _output(static: Static, x, scale, bias, given: _rules.Given) -> jax.Array:
+def _output(options: InPlaceOptions, x, scale, bias, given: _rules.Given) -> jax.Array:
     """φ(batch norm of x), given its own moments. `scale` must be positive."""
-    wide = static.rule._replace(dtype=_dtypes.widen(x, scale, bias).dtype)
-    z = static.activation(_rules.normalize_hidden(wide, x, scale, bias, given))
-    return _rounded(z.astype(static.rule.dtype))
+    wide = options.rule._replace(dtype=_dtypes.widen(x, scale, bias).dtype)
+    z = options.activation(wide.normalize(x, scale, bias, given))
+    return _rounded(z.astype(options.rule.dtype))
 
 
 def _rounded(z: jax.Array) -> jax.Array:
@@ -73,35 +73,35 @@ def _rounded(z: jax.Array) -> jax.Array:
     return lax.optimization_barrier(z) if info.bits < 32 else z
 
 
-def _fwd(static: Static, x, scale, bias, given: _rules.Given):
-    z = _output(static, x, scale, bias, given)
+def _fwd(options: InPlaceOptions, x, scale, bias, given: _rules.Given):
+    z = _output(options, x, scale, bias, given)
     return z, (z, scale, bias, given)
 
 
 @_dtypes.mixing
-def _bwd(static: Static, residuals, c):
+def _bwd(options: InPlaceOptions, residuals, c):
     z, scale, bias, given = residuals
-    rule, activation = static.rule, static.activation
+    rule, activation = options.rule, options.activation
     expand = partial(_axes.expand, feature_axes=rule.feature_axes, ndim=z.ndim)
     wide, c = (_dtypes.widen(a, z, scale, bias, given.var) for a in (z, c))
     if given.weights is not None:
-        hidden = _sums.hidden(wide, given.weights)
-        wide = jnp.where(hidden, 0, wide)
+        masked = _sums.masked_nonfinite(wide, given.weights)
+        wide = jnp.where(masked, 0, wide)
     y = activation.inverse(wide, rule.dtype)
-    inv, k = _rules.factors(wide, scale, given)
+    inv, k = given.factors(wide, scale)
     delta = 1 / k
     c = c * activation.slope_at(wide)
     if bias is not None:
         y = y - expand(bias)
     delta = y * expand(delta)
     if given.weights is not None:
-        delta = jnp.where(hidden, 0, delta)
+        delta = jnp.where(masked, 0, delta)
     local = _sums.cotangent_sums(c, delta, rule.feature_axes)
     vectors = scale, bias, inv, k, given
     c1, c0, *cotangents = _rules.pull_back(rule, local, delta, *vectors)
     elements = c, delta, k, c1, c0, given.weights
     dx = _sums.input_cotangent(*elements, rule.feature_axes)
-    return _rules.as_cotangent(dx, z).astype(static.x_dtype), *cotangents, None
+    return _rules.as_cotangent(dx, z).astype(options.x_dtype), *cotangents, None
 
 
 in_place_form = jax.custom_vjp(_output, nondiff_argnums=(0,))

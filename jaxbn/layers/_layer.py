@@ -11,12 +11,14 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxbn import _axes, _devices, _dtypes
-from jaxbn._moments import Moments, moments
+from jaxbn._batch_norm import normalize_batch
+from jaxbn._moments import Batch, Moments, checked_batch, moments_about
+from jaxbn._normalize import normalize_given
 from jaxbn._running_stats import RunningStats, init_stats
 from jaxbn.layers._made import Function, Made, signature
 
 Params = dict[str, jax.Array]
-Options = ParamSpec("Options")
+P = ParamSpec("P")
 
 
 class Init(Protocol):
@@ -76,11 +78,11 @@ class Layer(NamedTuple):
         return repr(self.apply.made)  # type: ignore  (a `Function`)
 
 
-def factory(make: Callable[Options, Layer]) -> Callable[Options, Layer]:
+def factory(make: Callable[P, Layer]) -> Callable[P, Layer]:
     """For a function that makes layers: those of equal options are equal."""
 
     @functools.wraps(make)
-    def made(*args: Options.args, **options: Options.kwargs) -> Layer:
+    def made(*args: P.args, **options: P.kwargs) -> Layer:
         try:
             given = signature(make).bind(*args, **options).arguments
         except TypeError as error:
@@ -91,36 +93,63 @@ def factory(make: Callable[Options, Layer]) -> Callable[Options, Layer]:
     return made
 
 
-class Sums(NamedTuple):
-    """Which moments a layer takes of a batch, over which devices, and by what."""
+Affine = tuple[jax.Array | None, jax.Array | None]  # Scale and bias.
+
+
+class Norm(NamedTuple):
+    """How a layer normalizes, and which moments it takes, over which devices."""
 
     feature_axes: _axes.Axes
+    epsilon: float
+    dtype: DTypeLike | None
     axis_name: _devices.AxisName | None
     axis_index_groups: _devices.Groups | None
     implementation: str | None
-    use_fast_variance: bool = False
+    use_fast_variance: bool
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """The options that `moments` and `batch_norm` have in common."""
-        options = self._asdict()
-        del options["use_fast_variance"]
-        return options
+    def batch(self, x: jax.Array, weights: Any) -> Batch:
+        """The batch, checked."""
+        over = self.axis_name, self.axis_index_groups
+        return checked_batch(x, self.feature_axes, weights, *over, self.implementation)
 
     def shift(self, state: Any) -> jax.Array | None:
         """The running mean, where it makes the variance fast."""
         return state.mean if self.use_fast_variance else None
 
-    def near(self, state: Any, x: jax.Array, weights: Any) -> Moments:
-        """The moments of `x`, about the running mean if that is wanted."""
-        return moments(x, weights=weights, shift=self.shift(state), **self.options)
+    def near(self, state: Any, batch: Batch) -> Moments:
+        """Moments about the running mean, if that is wanted."""
+        return moments_about(self.shift(state), batch)
 
     def exact(self, state: Any, x: jax.Array, weights: Any, **_: Any) -> Moments:
-        """The same in two passes."""
-        return moments(x, weights=weights, **self.options)
+        """Moments in two passes."""
+        return moments_about(None, self.batch(x, weights))
+
+    def by_moments(
+        self, batch: Batch, m: Moments, affine: Affine, derivatives: str
+    ) -> jax.Array:
+        """A batch normalized by its own moments."""
+        options = {"epsilon": self.epsilon, "dtype": self.dtype}
+        return normalize_batch(batch, m, *affine, derivatives=derivatives, **options)
+
+    def by_stats(
+        self, x: jax.Array, mean, var, affine: Affine, weights: Any = None
+    ) -> jax.Array:
+        """`x` by other statistics. NaN under `weights` reaches no gradient."""
+        axes, options = (
+            self.feature_axes,
+            {"epsilon": self.epsilon, "dtype": self.dtype},
+        )
+        vectors = mean, var, *affine
+        return normalize_given(
+            x, *vectors, feature_axes=axes, weights=weights, **options
+        )
+
+    def infer(self, params: Params, state: RunningStats, x, weights) -> jax.Array:
+        """`x` normalized by the running statistics."""
+        return self.by_stats(x, state.mean, state.var, affine(params))
 
 
-def affine(params: Params) -> tuple[jax.Array | None, jax.Array | None]:
+def affine(params: Params) -> Affine:
     """Scale and bias, None where there is none."""
     return params.get("scale"), params.get("bias")
 
@@ -128,7 +157,7 @@ def affine(params: Params) -> tuple[jax.Array | None, jax.Array | None]:
 def compose(
     init: Init,
     names: list[str],
-    sums: Sums,
+    norm: Norm,
     *,
     train: Callable[..., tuple[jax.Array, Moments]],
     infer: Callable[..., jax.Array],
@@ -141,9 +170,9 @@ def compose(
 
     `train`, `infer` and `measure` are called with the parameters (not `measure`), the
     state, `x` as an array, the weights, and the `inputs`, further keywords of `apply`.
-    What is measured at inference are exact sums, unless `measure` says otherwise.
+    At inference, exact moments are measured, unless `measure` is given.
     """
-    measure = measure or sums.exact
+    measure = measure or norm.exact
 
     def checked(training, params, state, x, given: dict) -> tuple[jax.Array, dict]:
         require_training(training)
@@ -156,7 +185,7 @@ def compose(
             )
         x = _dtypes.inexact_array("x", x)
         require_kind(state, kind)
-        require_features(state, x, _axes.canonical(sums.feature_axes, x.ndim))
+        require_features(state, x, _axes.canonical(norm.feature_axes, x.ndim))
         return x, {name: given.get(name) for name in inputs}
 
     def forward(params, state, x, *, training, weights=None, **given):

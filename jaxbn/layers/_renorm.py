@@ -10,11 +10,9 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn import _axes, _devices, _dtypes
-from jaxbn._batch_norm import normalize_batch
 from jaxbn._moments import Moments
-from jaxbn._normalize import normalize
 from jaxbn._running_stats import Momentum, RunningStats, init_stats, update
-from jaxbn.layers._layer import Layer, Sums, affine, compose, factory, init_affine
+from jaxbn.layers._layer import Layer, Norm, affine, compose, factory, init_affine
 
 Limit = ArrayLike | Callable[[jax.Array], ArrayLike]
 
@@ -122,8 +120,14 @@ def renorm(
         params = init_affine(features, use_scale, use_bias, param_dtype)
         return params, RenormStats(*stats)
 
-    sums = Sums(
-        feature_axes, axis_name, axis_index_groups, implementation, use_fast_variance
+    norm = Norm(
+        feature_axes,
+        epsilon,
+        dtype,
+        axis_name,
+        axis_index_groups,
+        implementation,
+        use_fast_variance,
     )
 
     def correction(state: RenormStats, m: Moments) -> tuple[jax.Array, jax.Array]:
@@ -138,28 +142,19 @@ def renorm(
 
     def train(params, state: RenormStats, x, weights):
         scale, bias = affine(params)
-        m = sums.near(state, x, weights)
+        batch = norm.batch(x, weights)
+        m = norm.near(state, batch)
         r, d = correction(state, m)
-        y = normalize_batch(
-            x,
-            m,
-            r if scale is None else r * scale,
-            _moved(d, scale, bias),
-            weights=weights,
-            epsilon=epsilon,
-            derivatives=derivatives,
-            dtype=dtype,
-            **sums.options,
-        )
-        return y, with_epsilon(m)
+        corrected = r if scale is None else r * scale, _moved(d, scale, bias)
+        return norm.by_moments(batch, m, corrected, derivatives), with_epsilon(m)
 
     def infer(params, state: RenormStats, x, weights):
         var = jnp.square(_dtypes.widen(state.std, x))
-        options = {"feature_axes": feature_axes, "epsilon": 0, "dtype": dtype}
-        return normalize(x, state.mean, var, *affine(params), **options)
+        exact = norm._replace(epsilon=0)
+        return exact.by_stats(x, state.mean, var, affine(params))
 
     def measure(state, x, weights):
-        return with_epsilon(sums.exact(state, x, weights))
+        return with_epsilon(norm.exact(state, x, weights))
 
     def move(state: RenormStats, m: Moments):
         # A standard deviation is averaged as a variance is.
@@ -170,7 +165,7 @@ def renorm(
     return compose(
         init,
         names,
-        sums,
+        norm,
         train=train,
         infer=infer,
         measure=measure,

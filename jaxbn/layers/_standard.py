@@ -7,12 +7,10 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxbn import _axes, _devices, _dtypes
-from jaxbn._batch_norm import batch_norm, normalize_given
 from jaxbn._moments import Moments
-from jaxbn._normalize import normalize
 from jaxbn._running_stats import Momentum, RunningStats, blended, update
 from jaxbn.layers._examples import example_moments, positions
-from jaxbn.layers._layer import Layer, Sums, affine, compose, factory, init_of
+from jaxbn.layers._layer import Layer, Norm, affine, compose, factory, init_of
 from jaxbn.layers._mixture import mixture, prior_share
 
 
@@ -109,39 +107,36 @@ def standard(
     names = ["scale"] * use_scale + ["bias"] * use_bias
 
     init = init_of(use_scale, use_bias, param_dtype, stats_dtype)
-    same = {"epsilon": epsilon, "dtype": dtype}
-    sums = Sums(
-        feature_axes, axis_name, axis_index_groups, implementation, use_fast_variance
+    norm = Norm(
+        feature_axes,
+        epsilon,
+        dtype,
+        axis_name,
+        axis_index_groups,
+        implementation,
+        use_fast_variance,
     )
 
     def train(params, state: RunningStats, x, weights):
-        return batch_norm(
-            x,
-            *affine(params),
-            **same,
-            **sums.options,
-            weights=weights,
-            shift=sums.shift(state),
-            derivatives=derivatives,
-        )
+        batch = norm.batch(x, weights)
+        m = norm.near(state, batch)
+        return norm.by_moments(batch, m, affine(params), derivatives), m
 
     def infer(params, state: RunningStats, x, weights):
-        axes = _axes.canonical(feature_axes, x.ndim)
         if pseudo_samples is not None:
             m = adapted(state, x, weights, pseudo_samples)
         elif example_weight:
+            axes = _axes.canonical(feature_axes, x.ndim)
             own = example_moments(
                 x, axes, weights=weights, implementation=implementation
             )
             m = mixture(state, own, example_weight)
         else:
-            vectors = state.mean, state.var, *affine(params)
-            return normalize(x, *vectors, feature_axes=axes, **same)
-        options = {"weights": weights, "feature_axes": axes, **same}
-        return normalize_given(x, m, *affine(params), **options)
+            return norm.infer(params, state, x, weights)
+        return norm.by_stats(x, m.mean, m.var, affine(params), weights)
 
     def adapted(state: RunningStats, x, weights, prior: float) -> Moments:
-        m = sums.exact(state, x, weights)
+        m = norm.exact(state, x, weights)
         n = m.count / positions(x, _axes.canonical(feature_axes, x.ndim))
         kept = prior_share(prior, n)
         old = lax.stop_gradient(state)
@@ -152,7 +147,7 @@ def standard(
         return Moments(mean, var, m.count)
 
     move = functools.partial(update, momentum=momentum, unbiased=unbiased)
-    return compose(init, names, sums, train=train, infer=infer, update=move)
+    return compose(init, names, norm, train=train, infer=infer, update=move)
 
 
 def _require_one_mixture(example_weight: float, pseudo_samples: float | None) -> None:

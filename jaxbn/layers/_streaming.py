@@ -7,9 +7,7 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from jaxbn import _axes, _devices
-from jaxbn._batch_norm import normalize_given
 from jaxbn._moments import Moments
-from jaxbn._normalize import normalize
 from jaxbn._running_stats import (
     Momentum,
     RunningStats,
@@ -17,7 +15,7 @@ from jaxbn._running_stats import (
     old_weight,
     stepped,
 )
-from jaxbn.layers._layer import Layer, Sums, affine, compose, factory, init_of
+from jaxbn.layers._layer import Layer, Norm, affine, compose, factory, init_of
 from jaxbn.layers._mixture import mixture
 
 
@@ -101,38 +99,27 @@ def streaming(
     init = init_of(use_scale, use_bias, param_dtype, stats_dtype)
     names = ["scale"] * use_scale + ["bias"] * use_bias
 
-    sums = Sums(feature_axes, axis_name, axis_index_groups, implementation)
+    norm = Norm(
+        feature_axes,
+        epsilon,
+        dtype,
+        axis_name,
+        axis_index_groups,
+        implementation,
+        False,
+    )
 
     def mixed(state: RunningStats, m: Moments) -> Moments:
         return mixture(lax.stop_gradient(state), m, 1 - old_weight(state, momentum))
 
     def train(params, state: RunningStats, x, weights):
-        m = sums.exact(state, x, weights)
-        y = normalize_given(
-            x,
-            mixed(state, m),
-            *affine(params),
-            feature_axes=feature_axes,
-            epsilon=epsilon,
-            weights=weights,
-            dtype=dtype,
-        )
-        return y, m
-
-    def infer(params, state: RunningStats, x, weights):
-        return normalize(
-            x,
-            state.mean,
-            state.var,
-            *affine(params),
-            feature_axes=feature_axes,
-            epsilon=epsilon,
-            dtype=dtype,
-        )
+        m = norm.exact(state, x, weights)
+        mean, var, _ = mixed(state, m)
+        return norm.by_stats(x, mean, var, affine(params), weights), m
 
     def move(state: RunningStats, m: Moments):
         new = lax.stop_gradient(mixed(state, m))
         share = 1 - old_weight(state, momentum)
         return stepped(state, new.mean, new.var, share, m.count)
 
-    return compose(init, names, sums, train=train, infer=infer, update=move)
+    return compose(init, names, norm, train=train, infer=norm.infer, update=move)

@@ -30,6 +30,11 @@ class Adapter(nn.Module):
         fields.name_call(cls)
         super().__init_subclass__(**options)
 
+    def __post_init__(self):
+        """Makes the fields hashable."""
+        fields.make_hashable(self)
+        super().__post_init__()
+
     @nn.compact
     def __call__(
         self,
@@ -96,7 +101,10 @@ class Adapter(nn.Module):
         params, state = jax.eval_shape(lambda: plan.init(features))
 
         stats = self._stats(plan, features, state, training)
-        record = self._record(stats, training)
+        mode = self._mode(training)
+        if initializing and self.accumulate:  # type: ignore  (a field of every module)
+            self._open_window(stats)
+        record = self._record(mode, stats)
         mean = stats["mean"].value
         fields.require_features("batch_stats", mean, state.mean, x, axes)
         x = fields.like_mean(x, mean, "Initialize with a complex `x`.")
@@ -108,62 +116,68 @@ class Adapter(nn.Module):
         like = x if jnp.iscomplexobj(x) else given
         alone = {"axis_name": None} if initializing else {}
         out = fields.output_dtype(like, *params.values(), dtype=self.dtype)
-        measuring = self._is_measuring()
         y, new, recorded = recording.run(
-            self._layer(feature_axes=axes, dtype=out, exact=measuring, **alone),
+            self._layer(feature_axes=axes, dtype=out, exact=mode == "measure", **alone),
             partial(fields.state, type(state), like=state),
             params,
             {name: jnp.asarray(v.value) for name, v in stats.items()},
-            record and {name: variable.value for name, variable in record.items()},
+            {name: variable.value for name, variable in record.items()} or None,
             x,
             training=training,
             weights=mask,
             **inputs,
         )
-        if training and not initializing and not measuring:
+        if training and not initializing and mode != "measure":
             for name, variable in stats.items():
                 variable.value = getattr(new, name)
         for name, value in recorded.items():
-            record[name].value = value  # type: ignore  (None recorded nothing)
+            record[name].value = value
         return y
 
     @nn.nowrap
-    def _is_measuring(self) -> bool:
-        """Whether moments are wanted, and no step of the statistics."""
-        return self._is_recording() and not self.is_mutable_collection("batch_stats")
+    def _mode(self, training: bool) -> str:
+        """What becomes of the moments of this call.
 
-    @nn.nowrap
-    def _is_recording(self) -> bool:
-        """Whether `batch_moments` are there, or were asked for by name.
+        "plain": nothing but a step of the statistics, in training. "record": they are
+        recorded as well. "measure": they are recorded instead. "window": the step that
+        a window of micro-batches has made so far is made anew.
 
-        Flax's batch norm has no such collection, where all are mutable.
+        Flax's batch norm has no `batch_moments`, where all collections are mutable:
+        they must be there, or be asked for by name.
         """
+        accumulate: bool = self.accumulate  # type: ignore  (a field of every module)
         mutable = self.scope.mutable  # type: ignore  (a scope is bound in a call)
         named = not isinstance(mutable, (bool, DenyList))
-        given = self.has_variable("batch_moments", "mean")
-        return (named or given) and self.is_mutable_collection("batch_moments")
+        there = self.has_variable("batch_moments", "mean")
+        window = self.has_variable("batch_moments", recording.START + "mean")
+        wanted = (named or there) and self.is_mutable_collection("batch_moments")
+        moving = self.is_mutable_collection("batch_stats")
+        if self.is_initializing():
+            return "plain"
+        if accumulate and training:
+            if not wanted or window != moving:
+                raise ValueError(NO_WINDOW)
+            return "window" if window else "measure"
+        if window or not wanted:
+            return "plain"
+        return "record" if moving else "measure"
 
     @nn.nowrap
-    def _record(self, stats: dict, training: bool) -> dict | None:
-        """The variables of `batch_moments`; None where nothing is to be recorded."""
-        accumulate: bool = self.accumulate  # type: ignore  (a field of every module)
-        initializing, wanted = self.is_initializing(), self._is_recording()
-        window = self.has_variable("batch_moments", recording.START + "mean")
+    def _record(self, mode: str, stats: dict) -> dict:
+        """The variables of `batch_moments` that a call changes."""
         values = {name: v.value for name, v in stats.items()}
-        if initializing and accumulate:
-            if not self.is_mutable_collection("batch_moments"):
-                raise ValueError(NO_WINDOW)
-            self._variables("batch_moments", recording.empty_window(values))
-            return None
-        if accumulate and training:
-            # Either there is a window, or nothing but moments are wanted.
-            if not wanted or window == self._is_measuring():
-                raise ValueError(NO_WINDOW)
-            if window:
-                return self._variables("batch_moments", recording.empty_window(values))
-        if initializing or window or not wanted:
-            return None
-        return self._variables("batch_moments", recording.empty(values["mean"]))
+        if mode in ("record", "measure"):
+            return self._variables("batch_moments", recording.empty(values["mean"]))
+        if mode == "window":
+            return self._variables("batch_moments", recording.empty_window(values))
+        return {}
+
+    @nn.nowrap
+    def _open_window(self, stats: dict) -> None:
+        """Makes the variables of a window, where the module is initialized."""
+        if not self.is_mutable_collection("batch_moments"):
+            raise ValueError(NO_WINDOW)
+        self._record("window", stats)
 
     @nn.nowrap
     def _variables(self, collection: str, initial: dict) -> dict:
@@ -229,13 +243,3 @@ class Variant(Adapter):
     axis_name: _devices.AxisName | None = None
     accumulate: bool = False
     implementation: str | None = None
-
-    def __post_init__(self):
-        """Makes the fields hashable."""
-        groups = getattr(self, "axis_index_groups", None)
-        self.axis, self.axis_name, groups = fields.hashable(
-            self.axis, self.axis_name, groups
-        )
-        if groups is not None:
-            self.axis_index_groups = groups
-        super().__post_init__()

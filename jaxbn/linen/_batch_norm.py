@@ -86,13 +86,6 @@ class BatchNorm(Adapter, nn.BatchNorm):
     pseudo_samples: float | None = None
     accumulate: bool = False
 
-    def __post_init__(self):
-        """Makes the fields hashable."""
-        self.axis, self.axis_name, self.axis_index_groups = fields.hashable(
-            self.axis, self.axis_name, self.axis_index_groups
-        )
-        super().__post_init__()
-
     @nn.nowrap
     def _layer(self, **given: Any) -> layers.Layer:
         return fields.layer(layers.standard, self, **given)

@@ -1,6 +1,6 @@
 """From a layer to an nnx module: where its parameters and statistics live."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, TypedDict
 
@@ -25,6 +25,7 @@ LATE_ACCUMULATE = (
     "`accumulate` became True after the module was made, which has no variables for "
     "the window. Pass it to the constructor."
 )
+COMPLEX = "Make the module with `param_dtype=jnp.complex64`."
 STATISTICS = ("mean", "var", "std", "step")
 
 
@@ -67,17 +68,15 @@ class BatchMoments(nnx.BatchStat):
     """
 
 
+def stats_dtype(param_dtype: Dtype) -> Dtype:
+    """The dtype of the running mean: complex for complex parameters."""
+    complex_ = jnp.issubdtype(param_dtype, jnp.complexfloating)
+    return param_dtype if complex_ else jnp.float32
+
+
 def recorder(record: dict[str, jax.Array]) -> nnx.Dict:
     """Variables for what is recorded."""
     return nnx.Dict({name: BatchMoments(value) for name, value in record.items()})
-
-
-def is_training(module: Any, use_running_average: bool | None) -> bool:
-    """Whether a call normalizes by the batch; what is being measured is not asked."""
-    own, record = module.use_running_average, module.batch_moments
-    if record is None or recording.is_window(record):
-        own = first_from(use_running_average, own, error_msg=NOT_GIVEN)
-    return fields.is_training(own)
 
 
 def statistics(module: Any) -> dict[str, nnx.Variable]:
@@ -86,42 +85,128 @@ def statistics(module: Any) -> dict[str, nnx.Variable]:
     return {name: v for name, v in found.items() if v is not None}
 
 
-def run(
-    module: Any,
-    layer: layers.Layer,
-    kind: Callable[[dict], Any],
-    params: dict[str, jax.Array],
-    x: jax.Array,
-    *,
-    training: bool,
-    **inputs: Any,
-) -> jax.Array:
-    """Applies a layer to the variables of its module, and updates them."""
-    stats, record = statistics(module), module.batch_moments
-    if training and module.accumulate and record is None:
-        raise ValueError(LATE_ACCUMULATE)
-    if record is not None and recording.is_window(record):
-        record = record if training and module.accumulate else None
-    y, new, recorded = recording.run(
-        layer,
-        kind,
-        params,
-        {name: variable[...] for name, variable in stats.items()},
-        record and {name: variable[...] for name, variable in record.items()},
-        x,
-        training=training,
-        **inputs,
-    )
-    if training:
-        for name, variable in stats.items():
-            variable[...] = getattr(new, name)
-    for name, value in recorded.items():
-        record[name][...] = value  # type: ignore  (None recorded nothing)
-    return y
+def arrays(variables: Mapping[str, nnx.Variable]) -> dict[str, jax.Array]:
+    """The values of variables."""
+    return {name: variable[...] for name, variable in variables.items()}
 
 
-class Variant(nnx.Module):
-    """Holds the variables of a layer and calls its `apply`.
+class Adapter(nnx.Module):
+    """Holds the variables of a layer and calls it: a base of every nnx batch norm."""
+
+    axis: _axes.Axes
+    momentum: Momentum
+    dtype: Dtype | None
+    use_running_average: bool | None
+    accumulate: bool
+    mean: nnx.Variable
+    batch_moments: Any  # An `nnx.Dict`, or None.
+    _params: tuple[str, ...]
+
+    def __init_subclass__(cls, **options: Any):
+        fields.name_call(cls)
+        super().__init_subclass__(**options)
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        mask: ArrayLike | None = None,
+    ) -> jax.Array:
+        """Normalizes `x`, and in training updates the statistics.
+
+        Args:
+          x: The input.
+          use_running_average: Inference if True, training if False; takes precedence
+            over the constructor's, `train()` and `eval()`.
+          mask: Boolean mask or non-negative weights that broadcast against `x`: which
+            positions the statistics are of.
+
+        Returns:
+          An array of the shape of `x`.
+        """
+        return self._run(x, use_running_average, mask)
+
+    def _layer(self, **given: Any) -> layers.Layer:
+        raise NotImplementedError(
+            f"{type(self).__name__} must define `_layer(**options)`, which returns the "
+            "`jaxbn.layers.Layer` that it holds the variables of."
+        )
+
+    def _keeps_step(self) -> bool:
+        """Whether something is a function of the step, which then is kept."""
+        return callable(self.momentum)
+
+    def _operands(self, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array], Any]:
+        """The input and the parameters as the layer takes them, and its dtype."""
+        params = {name: getattr(self, name)[...] for name in self._params}
+        x = fields.like_mean(x, self.mean[...], COMPLEX)
+        return x, params, fields.output_dtype(x, *params.values(), dtype=self.dtype)
+
+    def _run(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None,
+        mask: ArrayLike | None,
+        **inputs: Any,
+    ) -> jax.Array:
+        """What `__call__` does."""
+        training, stats = self._is_training(use_running_average), statistics(self)
+        if callable(self.momentum) and "step" not in stats:
+            raise ValueError(fields.LATE_MOMENTUM)
+        x = fields.as_inexact(x)
+        axes = fields.feature_axes(self.axis, x.ndim)
+        x, params, dtype = self._operands(x)
+        layer = self._layer(feature_axes=axes, dtype=dtype)
+        features = _axes.lengths(x, axes)
+        _, like = jax.eval_shape(lambda: layer.init(features))
+        fields.require_features("num_features", self.mean[...], like.mean, x, axes)
+        fields.require_mask(mask, x)
+        record = self._record(training)
+        y, new, recorded = recording.run(
+            layer,
+            partial(fields.state, type(like), like=like),
+            params,
+            arrays(stats),
+            None if record is None else arrays(record),
+            x,
+            training=training,
+            weights=mask,
+            **inputs,
+        )
+        if training:
+            for name, variable in stats.items():
+                variable[...] = getattr(new, name)
+        for name, value in recorded.items():
+            record[name][...] = value  # type: ignore  (None recorded nothing)
+        return y
+
+    def _is_training(self, use_running_average: bool | None) -> bool:
+        """Whether a call normalizes by the batch; a measurement has decided already."""
+        own, record = self.use_running_average, self.batch_moments
+        if record is None or recording.is_window(record):
+            own = first_from(use_running_average, own, error_msg=NOT_GIVEN)
+        return fields.is_training(own)
+
+    def _record(self, training: bool) -> Any:
+        """The variables that a call records moments in, if any."""
+        record = self.batch_moments
+        if training and self.accumulate and record is None:
+            raise ValueError(LATE_ACCUMULATE)
+        if record is None or not recording.is_window(record):
+            return record
+        return record if training and self.accumulate else None
+
+    def _open_window(self) -> None:
+        """Makes the variables of a window, if there is to be one."""
+        self.batch_moments = nnx.data(None)
+        if self.accumulate:
+            stats = arrays(statistics(self))
+            self.batch_moments = recorder(recording.empty_window(stats))
+
+
+class Variant(Adapter):
+    """The arguments of every variant, as in `flax.nnx.BatchNorm`.
 
     Variables are `nnx.Param` (scale, bias) and `nnx.BatchStat` (mean, var, and step
     where something is a function of it).
@@ -145,10 +230,6 @@ class Variant(nnx.Module):
       rngs: For the initializers.
     """
 
-    def __init_subclass__(cls, **options: Any):
-        fields.name_call(cls)
-        super().__init_subclass__(**options)
-
     def __init__(
         self,
         num_features: int | tuple[int, ...],
@@ -170,7 +251,8 @@ class Variant(nnx.Module):
     ):
         self.num_features = num_features
         self.use_running_average = use_running_average
-        self.axis, self.axis_name, _ = fields.hashable(axis, axis_name, None)
+        self.axis, self.axis_name = axis, axis_name
+        fields.make_hashable(self)
         self.momentum, self.epsilon = momentum, epsilon
         self.dtype, self.param_dtype = dtype, param_dtype
         self.use_bias, self.use_scale = use_bias, use_scale
@@ -178,83 +260,19 @@ class Variant(nnx.Module):
         self.accumulate = accumulate
         self.implementation = implementation
         features = _axes.shape(num_features, "num_features")
-        complex_ = jnp.issubdtype(param_dtype, jnp.complexfloating)
-        stats_dtype = param_dtype if complex_ else jnp.float32
-        params, state = self._layer(stats_dtype=stats_dtype).init(features)
-        self._params, self._stats = tuple(params), type(state)
+        layer = self._layer(stats_dtype=stats_dtype(param_dtype))
+        params, state = layer.init(features)
+        self._params = tuple(params)
         for name, like in params.items():
             init = getattr(self, f"{name.rpartition('_')[2]}_init")
             value = init(rngs.params(), like.shape, param_dtype)
             setattr(self, name, nnx.Param(value))
-        kept = state._fields if self._keeps_step() else state._fields[:-1]
-        self._kept = tuple(kept)
-        for name in self._kept:
-            setattr(self, name, nnx.BatchStat(getattr(state, name)))
-        self.batch_moments = nnx.data(None)
-        if accumulate:
-            kept = {name: getattr(state, name) for name in self._kept}
-            self.batch_moments = recorder(recording.empty_window(kept))
-
-    def __call__(
-        self,
-        x: ArrayLike,
-        use_running_average: bool | None = None,
-        *,
-        mask: ArrayLike | None = None,
-    ) -> jax.Array:
-        """Normalizes `x`, and in training updates the statistics.
-
-        Args:
-          x: The input.
-          use_running_average: Inference if True, training if False; takes precedence
-            over the constructor's, `train()` and `eval()`.
-          mask: Boolean mask or non-negative weights that broadcast against `x`: which
-            positions the statistics are of.
-
-        Returns:
-          An array of the shape of `x`.
-        """
-        return self._run(x, use_running_average, mask)
+        for name in state._fields:
+            if name != "step" or self._keeps_step():
+                setattr(self, name, nnx.BatchStat(getattr(state, name)))
+        self._open_window()
 
     def set_view(self, use_running_average: bool | None = None):
         """Lets `nnx.view` set `use_running_average`; None leaves it as it is."""
         if use_running_average is not None:
             self.use_running_average = use_running_average
-
-    def _layer(self, **given: Any) -> layers.Layer:
-        raise NotImplementedError(
-            f"{type(self).__name__} must define `_layer(**options)`, which returns the "
-            "`jaxbn.layers.Layer` that it holds the variables of."
-        )
-
-    def _keeps_step(self) -> bool:
-        """Whether something is a function of the step, which then is kept."""
-        return callable(self.momentum)
-
-    def _run(self, x, use_running_average, mask, **inputs: Any) -> jax.Array:
-        training = is_training(self, use_running_average)
-        x = fields.as_inexact(x)
-        axes = fields.feature_axes(self.axis, x.ndim)
-        features = _axes.lengths(x, axes)
-        plan = self._layer(feature_axes=axes)
-        _, expected = jax.eval_shape(lambda: plan.init(features))
-        stats = statistics(self)
-        mean = stats["mean"][...]
-        fields.require_features("num_features", mean, expected.mean, x, axes)
-        remedy = "Make the module with `param_dtype=jnp.complex64`."
-        x = fields.like_mean(x, mean, remedy)
-        fields.require_mask(mask, x)
-        params = {name: getattr(self, name)[...] for name in self._params}
-        out = fields.output_dtype(x, *params.values(), dtype=self.dtype)
-        if callable(self.momentum) and "step" not in stats:
-            raise ValueError(fields.LATE_MOMENTUM)
-        return run(
-            self,
-            self._layer(feature_axes=axes, dtype=out),
-            partial(fields.state, self._stats, like=expected),
-            params,
-            x,
-            training=training,
-            weights=mask,
-            **inputs,
-        )

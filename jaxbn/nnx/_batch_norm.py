@@ -1,7 +1,6 @@
 """`flax.nnx.BatchNorm` on jaxbn's verbs."""
 
 from collections.abc import Mapping
-from functools import partial
 from math import prod
 from types import MappingProxyType
 from typing import Any
@@ -12,15 +11,14 @@ import numpy as np
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
-from jax.typing import ArrayLike
 
 from jaxbn import _axes, _devices, layers
-from jaxbn._flax import fields, recording
-from jaxbn._running_stats import Momentum, RunningStats, init_stats
-from jaxbn.nnx._adapter import is_training, recorder, run, statistics
+from jaxbn._flax import fields
+from jaxbn._running_stats import Momentum, init_stats
+from jaxbn.nnx._adapter import COMPLEX, Adapter, stats_dtype
 
 
-class BatchNorm(nnx.BatchNorm):
+class BatchNorm(Adapter, nnx.BatchNorm):
     """`flax.nnx.BatchNorm` with exact statistics and hand-written derivatives.
 
     Takes the place of Flax's class by changing one import: same arguments and defaults,
@@ -146,69 +144,19 @@ class BatchNorm(nnx.BatchNorm):
         self.example_weight = example_weight
         self.pseudo_samples = pseudo_samples
         self.accumulate = accumulate
-        complex_ = jnp.issubdtype(param_dtype, jnp.complexfloating)
-        stats = init_stats(features, dtype=param_dtype if complex_ else jnp.float32)
+        stats = init_stats(features, dtype=stats_dtype(param_dtype))
         self.mean, self.var = nnx.BatchStat(stats.mean), nnx.BatchStat(stats.var)
         self.step = nnx.BatchStat(stats.step) if callable(momentum) else nnx.data(None)
-        self.batch_moments = nnx.data(None)
-        fields.layer(layers.standard, self)  # Refuses wrong options.
-        if accumulate:
-            kept = {name: variable[...] for name, variable in statistics(self).items()}
-            self.batch_moments = recorder(recording.empty_window(kept))
+        self._layer()  # Refuses wrong options.
+        self._open_window()
 
-    def __call__(
-        self,
-        x: ArrayLike,
-        use_running_average: bool | None = None,
-        *,
-        mask: ArrayLike | None = None,
-    ) -> jax.Array:
-        """Normalizes `x`, and in training updates the statistics.
+    def _layer(self, **given: Any) -> layers.Layer:
+        own = {"use_scale": self.scale is not None, "use_bias": self.bias is not None}
+        return fields.layer(layers.standard, self, **own, **given)
 
-        Args:
-          x: The input.
-          use_running_average: Inference if True, training if False; takes precedence
-            over the constructor's, `train()` and `eval()`.
-          mask: Boolean mask or non-negative weights that broadcast against `x`: which
-            positions the statistics are of.
-
-        Returns:
-          An array of the shape of `x`.
-        """
-        training = is_training(self, use_running_average)
-        if callable(self.momentum) and self.step is None:
-            raise ValueError(fields.LATE_MOMENTUM)
-        x = fields.as_inexact(x)
-        axes = fields.feature_axes(self.axis, x.ndim)
-        features = _axes.lengths(x, axes)
-        expected = jax.eval_shape(lambda: init_stats(features))
-        mean = self.mean[...]
-        fields.require_features("num_features", mean, expected.mean, x, axes)
-        x, scale, bias, dtype = self._promoted(x)
-        fields.require_mask(mask, x)
-
-        layer = fields.layer(
-            layers.standard,
-            self,
-            feature_axes=axes,
-            dtype=dtype,
-            use_scale=scale is not None,
-            use_bias=bias is not None,
-        )
-        return run(
-            self,
-            layer,
-            partial(fields.state, RunningStats, like=expected),
-            fields.as_dict(scale=scale, bias=bias),
-            x,
-            training=training,
-            weights=mask,
-        )
-
-    def _promoted(self, x: jax.Array):
+    def _operands(self, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array], Any]:
         """x, scale and bias as `promote_dtype` has them, and the output's dtype."""
-        remedy = "Make the module with `param_dtype=jnp.complex64`."
-        x = fields.like_mean(x, self.mean[...], remedy)
+        x = fields.like_mean(x, self.mean[...], COMPLEX)
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]
         given = (x, self.mean[...], self.var[...], scale, bias)
@@ -219,5 +167,5 @@ class BatchNorm(nnx.BatchNorm):
         # themselves, and keep x for the backward pass as it came.
         if self.promote_dtype is promote_dtype and self.dtype is None:
             cast_x = x
-        cast_x = fields.like_mean(cast_x, self.mean[...], remedy)
-        return cast_x, scale, bias, dtype
+        cast_x = fields.like_mean(cast_x, self.mean[...], COMPLEX)
+        return cast_x, fields.as_dict(scale=scale, bias=bias), dtype

@@ -10,8 +10,7 @@ from flax import nnx
 from jaxbn._flax import calls, model_stats, recording
 from jaxbn._moments import Moments
 from jaxbn._running_stats import RunningStats
-from jaxbn.nnx._adapter import Variant, recorder, statistics
-from jaxbn.nnx._batch_norm import BatchNorm
+from jaxbn.nnx._adapter import Adapter, arrays, recorder, statistics
 
 
 def running_stats(model: nnx.Module) -> dict[str, RunningStats]:
@@ -40,7 +39,7 @@ def running_stats(model: nnx.Module) -> dict[str, RunningStats]:
       https://flax.readthedocs.io/en/latest/api_reference/flax.nnx/nn/normalization.html
     """
     return {
-        path: model_stats.as_running_stats(_values(layer))
+        path: model_stats.as_running_stats(arrays(statistics(layer)))
         for path, layer in _layers_of(model).items()
     }
 
@@ -78,7 +77,7 @@ def load_stats(model: nnx.Module, stats: Mapping[str, RunningStats]) -> None:
     layers = _layers_of(model)
     model_stats.require_same_layers(stats, layers)
     new = {
-        path: model_stats.replaced(path, _values(layer), stats[path])
+        path: model_stats.replaced(path, arrays(statistics(layer)), stats[path])
         for path, layer in layers.items()
     }
     for path, layer in layers.items():
@@ -167,7 +166,7 @@ def _measure(
     else:
         method(model, batch, **call)
     found = {
-        path: recording.moments_of({n: v[...] for n, v in layer.batch_moments.items()})
+        path: recording.moments_of(arrays(layer.batch_moments))
         for path, layer in layers.items()
     }
     return found, [variable[...] for variable in variables]
@@ -225,7 +224,7 @@ def _layers_of(model: nnx.Module) -> dict[str, Any]:
     layers = {
         "/".join(map(str, path)): module
         for path, module in nnx.iter_modules(model)
-        if isinstance(module, (BatchNorm, Variant))
+        if isinstance(module, Adapter)
     }
     if not layers:
         raise ValueError(
@@ -234,11 +233,6 @@ def _layers_of(model: nnx.Module) -> dict[str, Any]:
     return layers
 
 
-def _values(layer: Any) -> dict[str, jax.Array]:
-    return {name: variable[...] for name, variable in statistics(layer).items()}
-
-
 def _close(layer: Any) -> None:
-    record = {name: variable[...] for name, variable in layer.batch_moments.items()}
-    for name, value in recording.closed(record).items():
+    for name, value in recording.closed(arrays(layer.batch_moments)).items():
         layer.batch_moments[name][...] = value

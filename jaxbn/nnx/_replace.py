@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxbn._flax import recording
-from jaxbn.nnx._adapter import recorder, statistics
+from jaxbn.nnx._adapter import arrays, recorder, statistics
 from jaxbn.nnx._batch_norm import BatchNorm
 
 VARIABLES = ("mean", "var", "scale", "bias", "step")
@@ -165,7 +165,7 @@ def _made(name: str, node: nnx.BatchNorm, overrides: dict[str, Any]) -> dict[str
 
 def _window(node: nnx.BatchNorm) -> nnx.Dict:
     """An empty window, stacked as the layer's statistics are."""
-    stats = {name: v[...] for name, v in statistics(node).items()}
+    stats = arrays(statistics(node))
     features = 1 if isinstance(node.num_features, int) else len(node.num_features)
     stacked = stats["mean"].shape[: stats["mean"].ndim - features]
     one = {name: v[(0,) * len(stacked)] for name, v in stats.items()}

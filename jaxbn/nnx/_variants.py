@@ -119,7 +119,7 @@ class BatchRenorm(Variant):
         self.d_max = d_max
         self.use_fast_variance = use_fast_variance
         self.derivatives = derivatives
-        _, _, self.axis_index_groups = fields.hashable(None, None, axis_index_groups)
+        self.axis_index_groups = axis_index_groups
         super().__init__(num_features, rngs=rngs, **common)
 
     def _layer(self, **given: Any) -> layers.Layer:
@@ -238,7 +238,7 @@ class ConditionalBatchNorm(Variant):
         self.kernel_init = kernel_init
         self.use_fast_variance = use_fast_variance
         self.unbiased = unbiased
-        _, _, self.axis_index_groups = fields.hashable(None, None, axis_index_groups)
+        self.axis_index_groups = axis_index_groups
         super().__init__(num_features, rngs=rngs, **common)
 
     def __call__(
@@ -290,7 +290,7 @@ class StreamingBatchNorm(Variant):
         rngs: nnx.Rngs,
         **common: Unpack[Common],
     ):
-        _, _, self.axis_index_groups = fields.hashable(None, None, axis_index_groups)
+        self.axis_index_groups = axis_index_groups
         super().__init__(num_features, rngs=rngs, **common)
 
     def _layer(self, **given: Any) -> layers.Layer:
@@ -345,7 +345,7 @@ class InPlaceBatchNorm(Variant):
         self.negative_slope = negative_slope
         self.use_fast_variance = use_fast_variance
         self.unbiased = unbiased
-        _, _, self.axis_index_groups = fields.hashable(None, None, axis_index_groups)
+        self.axis_index_groups = axis_index_groups
         super().__init__(num_features, rngs=rngs, **common)
 
     def _layer(self, **given: Any) -> layers.Layer:
