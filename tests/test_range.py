@@ -11,7 +11,7 @@ from data import assert_close, numbers
 
 import jaxbn
 from jaxbn import _sums
-from jaxbn.layers._examples import positions
+from jaxbn.layers._per_example import positions
 
 LAYOUTS = {
     "scalar": ((1000,), ()),

@@ -60,7 +60,7 @@ def as_kept(old: Mapping[str, Any], stats: RunningStats) -> dict[str, jax.Array]
     }
 
 
-def replaced(name: str, old: Mapping[str, Any], stats: Any) -> dict[str, jax.Array]:
+def with_stats(name: str, old: Mapping[str, Any], stats: Any) -> dict[str, jax.Array]:
     """A layer's arrays with other statistics in them.
 
     Steps do not go back: what depends on them (schedules, debiasing) goes on.

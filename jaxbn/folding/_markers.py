@@ -23,6 +23,12 @@ CHANGED = "a derivative or another transformation changed it"
 DIFFERENT = "its vectors run along different axes, as one per example does"
 
 
+class Left(NamedTuple):
+    """A normalization that stays in the program, and why."""
+
+    reason: str
+
+
 class Normalization(NamedTuple):
     """A call of `normalize` in a program. Its vectors run along `axes` of `x`."""
 
@@ -44,15 +50,15 @@ class Normalization(NamedTuple):
         return [self.mean, self.var, self.scale, self.bias]
 
 
-def read(op: Op) -> Normalization | str:
+def read(op: Op) -> Normalization | Left:
     """The normalization that a marker is, or why it is none on data by parameters."""
     given = operands(op)
     role = _role(op, list(given))
     if role is None:
-        return CHANGED
+        return Left(CHANGED)
     why = _why_unknown(given)
     if why or role[1] is None:
-        return why or DIFFERENT
+        return Left(why or DIFFERENT)
     return Normalization(
         op,
         given["x"],

@@ -2,17 +2,15 @@
 
 import dataclasses
 import itertools
-import re
 from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 
 from jaxbn.folding import _layout, _program, _rewrite
 from jaxbn.folding._program import PARAMS, Op, Program, Value
+from jaxbn.folding._structure import structure
 
 # Which part of a parameter may depend on the input's length: not settled once.
 PARTS = ("slice", "dynamic_slice", "gather")
@@ -59,19 +57,7 @@ class Plan:
         closed = jax.make_jaxpr(self.derive)(leaves)
         kinds = {n: (v.shape, str(v.dtype)) for n, v in self.names.items()}
         kept = {n: self.paths[v] for n, v in self.names.items() if v.op is None}
-        text = re.sub(
-            "0x[0-9a-f]+", "", str(closed.jaxpr)
-        )  # No addresses of functions.
-        return kinds, kept, text, [_comparable(c) for c in closed.consts]
-
-
-def _comparable(constant: Any) -> Any:
-    """Equal for equal constants; a traced one is equal to itself only."""
-    if isinstance(constant, Tracer):
-        return id(constant)
-    if jnp.issubdtype(constant.dtype, jax.dtypes.prng_key):
-        constant = jax.random.key_data(constant)
-    return np.asarray(constant).tobytes()
+        return kinds, kept, structure(closed)
 
 
 def plan(closed: Any, paths: Sequence[str]) -> Plan:

@@ -7,6 +7,7 @@ from jax.extend import core
 
 from jaxbn.folding import _markers, _plan, _program
 from jaxbn.folding._fold import shapes_of, trace
+from jaxbn.folding._markers import Left
 from jaxbn.folding._match import Match
 
 INFERENCE = (
@@ -132,13 +133,14 @@ def report(
     return FoldReport(tuple(layers))
 
 
-def _layer(op: _program.Op, found: Match | str, paths: dict) -> FoldedLayer:
+def _layer(op: _program.Op, found: Match | Left, paths: dict) -> FoldedLayer:
     mean = _markers.operands(op).get("mean")
     path = _path(mean, op, paths)
-    if isinstance(found, str):
+    if isinstance(found, Left):
+        reason = found.reason
         if mean is not None and _is_of_the_batch(mean, op):
-            found = f"{found}, as in training: {INFERENCE}"
-        return FoldedLayer(path, None, None, found)
+            reason = f"{reason}, as in training: {INFERENCE}"
+        return FoldedLayer(path, None, None, reason)
     into = _plan.path_of(found.product.kernel, paths)
     return FoldedLayer(path, into, found.position, None)
 

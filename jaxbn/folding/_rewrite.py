@@ -10,16 +10,16 @@ from jax import lax
 
 from jaxbn import _dtypes
 from jaxbn.folding import _arithmetic, _layout, _markers
-from jaxbn.folding._markers import Normalization
+from jaxbn.folding._markers import Left, Normalization
 from jaxbn.folding._match import ADDED, Match, No, Vector, match
 from jaxbn.folding._program import Op, Program, Value, again, derived, is_marker, make
 
 KERNEL_AND_BIAS = "kernel and bias"
-Results = dict[Op, Match | str]
+Results = dict[Op, Match | Left]
 
 
 def fold_all(program: Program) -> Results:
-    """Folds what it can, in place. Gives each marker its match, or why it has none.
+    """Folds what it can, in place. Gives each marker its match, or why it is left.
 
     First those after a layer, so that one before the same layer can still fold.
     """
@@ -33,20 +33,22 @@ def fold_all(program: Program) -> Results:
         results[op] = _fold(program, op, "after")
     for op in markers:
         first = results[op]
-        if isinstance(first, str) and not isinstance(_markers.read(op), str):
+        if isinstance(first, Left) and isinstance(_markers.read(op), Normalization):
             second = _fold(program, op, "before")
-            results[op] = f"{first}; {second}" if isinstance(second, str) else second
+            if isinstance(second, Left):
+                second = Left(f"{first.reason}; {second.reason}")
+            results[op] = second
     return results
 
 
-def _fold(program: Program, op: Op, position: str) -> Match | str:
+def _fold(program: Program, op: Op, position: str) -> Match | Left:
     norm = _markers.read(op)
-    if isinstance(norm, str):
+    if isinstance(norm, Left):
         return norm
     try:
         found = match(norm, program, position)
     except No as no:
-        return str(no)
+        return Left(str(no))
     _rewrite(program, norm, found)
     program.reorder()
     return found

@@ -67,20 +67,30 @@ def layer_state(found: Found, names: Mapping[str, str], at: str = "") -> Convert
     return params, RunningStats(made["mean"], made["var"], step)
 
 
-def tracked(
-    found: Found,
-    key: str,
-    *,
-    unbiased: bool,
-    to_unbiased: bool,
-    count: float | None,
+def read_variance(
+    found: Found, key: str, *, unbiased: bool, to_unbiased: bool, count: float | None
 ) -> Found:
-    """The same with the running variance of the other convention, if it is another.
+    """What was read, its running variance of the convention that jaxbn shall have.
 
-    From jaxbn, `unbiased` is what the user says; to it, `to_unbiased`.
+    `unbiased` is the other library's convention, `to_unbiased` what the user says.
     """
-    as_it_is = to_unbiased if key == "stats.var" else unbiased
-    _checks.require_conversion(key, unbiased, to_unbiased, count, as_it_is)
+    _checks.require_conversion(key, unbiased, to_unbiased, count, unbiased)
+    return _converted(found, key, to_unbiased, count)
+
+
+def written_variance(
+    found: Found, *, unbiased: bool, to_unbiased: bool, count: float | None
+) -> Found:
+    """What is to be written, its running variance of the other library's convention.
+
+    `unbiased` is what the user says of jaxbn's, `to_unbiased` the other library's.
+    """
+    key = "stats.var"
+    _checks.require_conversion(key, unbiased, to_unbiased, count, to_unbiased)
+    return _converted(found, key, to_unbiased, count)
+
+
+def _converted(found: Found, key: str, to_unbiased: bool, count: float | None) -> Found:
     if count is None:
         return {**found}
     bessel = float(count) / (float(count) - 1)

@@ -178,8 +178,8 @@ def from_jaxbn(
             f"`params` has {sorted(params)}, but Equinox has both or neither. Add a "
             "'scale' of ones, or a 'bias' of zeros."
         )
-    found = _checkpoint.tracked(
-        found, "stats.var", unbiased=unbiased, to_unbiased=False, count=count
+    found = _checkpoint.written_variance(
+        found, unbiased=unbiased, to_unbiased=False, count=count
     )
     _checks.require_step(found, "Equinox")
     made = {
@@ -284,7 +284,7 @@ def _to_jaxbn(
         )
     names = _arrays.names_of(fields)
     # The pair's name: errors about a convention are about both.
-    found = _checkpoint.tracked(
+    found = _checkpoint.read_variance(
         found, at + fields[1], unbiased=False, to_unbiased=unbiased, count=count
     )
     return _checkpoint.layer_state(found, names, at)

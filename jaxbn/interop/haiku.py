@@ -166,8 +166,8 @@ def from_jaxbn(
     ndim = _checks.require_rank("ndim", ndim)
     found = _checkpoint.given(params, stats)
     _checks.require_step(found, "Haiku")
-    found = _checkpoint.tracked(
-        found, "stats.var", unbiased=unbiased, to_unbiased=False, count=count
+    found = _checkpoint.written_variance(
+        found, unbiased=unbiased, to_unbiased=False, count=count
     )
     axes = _axes.canonical(feature_axes, ndim)
     reduced = _axes.others(axes, ndim)
@@ -274,7 +274,7 @@ def _to_jaxbn(
     for name, array in found.items():
         if name != "step":
             found[name] = _without_kept(array, axes, at)
-    found = _checkpoint.tracked(
+    found = _checkpoint.read_variance(
         found, f"{at}var_ema/average", unbiased=False, to_unbiased=unbiased, count=count
     )
     return _checkpoint.layer_state(found, names, at)

@@ -184,8 +184,8 @@ def from_jaxbn(
     spread = "var" if std is None else "std"
     found = _checkpoint.given(params, stats, spread)
     _checks.require_vectors(found, "Keras")
-    found = _checkpoint.tracked(
-        found, "stats.var", unbiased=unbiased, to_unbiased=fused, count=count
+    found = _checkpoint.written_variance(
+        found, unbiased=unbiased, to_unbiased=fused, count=count
     )
     made = {theirs: found[ours] for theirs, ours in NAMES.items() if ours in found}
     if std is not None:
@@ -266,7 +266,7 @@ def _to_jaxbn(
     names = {known[name]: ours for name, ours in NAMES.items()}
     found = _checkpoint.read(arrays, names)
     _checks.require_features(known["moving_mean"], found)
-    found = _checkpoint.tracked(
+    found = _checkpoint.read_variance(
         found,
         known["moving_variance"],
         unbiased=fused,

@@ -140,8 +140,8 @@ def from_jaxbn(
     _checks.require_vectors(found, "Praxis")
     if minus_one and "scale" in found:
         found["scale"] = found["scale"] - np.asarray(1, found["scale"].dtype)
-    found = _checkpoint.tracked(
-        found, "stats.var", unbiased=unbiased, to_unbiased=False, count=count
+    found = _checkpoint.written_variance(
+        found, unbiased=unbiased, to_unbiased=False, count=count
     )
     return {
         theirs: np.array(found[ours]) for theirs, ours in NAMES.items() if ours in found
@@ -226,7 +226,7 @@ def _to_jaxbn(
     _checks.require_features(f"{at}moving_mean", found)
     if minus_one and "scale" in found:
         found["scale"] = found["scale"] + np.asarray(1, found["scale"].dtype)
-    found = _checkpoint.tracked(
+    found = _checkpoint.read_variance(
         found, f"{at}moving_variance", unbiased=False, to_unbiased=unbiased, count=count
     )
     return _checkpoint.layer_state(found, NAMES, at)

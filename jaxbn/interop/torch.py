@@ -161,8 +161,8 @@ def from_jaxbn(
             "`params` has 'bias' and no 'scale', which torch's batch norm cannot have. "
             "Add a 'scale' of ones."
         )
-    found = _checkpoint.tracked(
-        found, "stats.var", unbiased=unbiased, to_unbiased=True, count=count
+    found = _checkpoint.written_variance(
+        found, unbiased=unbiased, to_unbiased=True, count=count
     )
     found["step"] = found["step"].astype(np.int64)
     return {
@@ -287,7 +287,7 @@ def _to_jaxbn(arrays: Arrays, at: str, unbiased: bool, count: Any) -> Converted:
             f"Not the arrays of one batch norm: `{at}bias` is there, and "
             f"`{at}weight` is missing."
         )
-    found = _checkpoint.tracked(
+    found = _checkpoint.read_variance(
         found, f"{at}running_var", unbiased=True, to_unbiased=unbiased, count=count
     )
     return _checkpoint.layer_state(found, NAMES, at)

@@ -8,7 +8,6 @@ from jax.typing import DTypeLike
 
 from jaxbn import _axes, _devices, _dtypes
 from jaxbn._running_stats import Momentum, RunningStats, init_stats, update
-from jaxbn.layers._examples import example_ids
 from jaxbn.layers._layer import (
     Affine,
     Layer,
@@ -20,6 +19,7 @@ from jaxbn.layers._layer import (
     init_affine,
     require_one_count,
 )
+from jaxbn.layers._per_example import example_ids
 
 
 @factory

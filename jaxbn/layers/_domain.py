@@ -10,7 +10,6 @@ from jax.typing import DTypeLike
 from jaxbn import _axes, _devices
 from jaxbn._moments import Moments, merge_moments
 from jaxbn._running_stats import Momentum, RunningStats, init_stats, update
-from jaxbn.layers._examples import example_ids, example_moments
 from jaxbn.layers._layer import (
     Layer,
     Norm,
@@ -20,6 +19,7 @@ from jaxbn.layers._layer import (
     init_affine,
     require_count,
 )
+from jaxbn.layers._per_example import example_ids, example_moments
 
 
 @factory

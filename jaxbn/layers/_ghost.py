@@ -8,6 +8,7 @@ from jax.typing import DTypeLike
 from jaxbn import _axes, _devices, _dtypes
 from jaxbn._moments import Moments, checked_batch, merge_moments, moments_about
 from jaxbn._running_stats import Momentum, RunningStats, update
+from jaxbn.layers._ghost_groups import GhostGroups, ghost_groups
 from jaxbn.layers._layer import (
     Layer,
     Norm,
@@ -17,7 +18,6 @@ from jaxbn.layers._layer import (
     init_of,
     require_one_count,
 )
-from jaxbn.layers._partition import Partition, partition
 
 
 @factory
@@ -112,7 +112,7 @@ def ghost(
 
     def train(params, state: RunningStats, x, weights):
         axes = _axes.canonical(feature_axes, x.ndim)
-        groups = partition(x, axes, option, strided=strided, axis_name=axis_name)
+        groups = ghost_groups(x, axes, option, strided=strided, axis_name=axis_name)
         if weights is not None:
             weights = _axes.weights_like(weights, x, _dtypes.accumulation(x.dtype))
             weights = groups.split(weights)
@@ -139,7 +139,11 @@ def ghost(
 
 
 def _of_all_groups(
-    m: Moments, groups: Partition, axis_name: _devices.AxisName | None, *, gather: bool
+    m: Moments,
+    groups: GhostGroups,
+    axis_name: _devices.AxisName | None,
+    *,
+    gather: bool,
 ) -> tuple[Moments, _devices.AxisName | None]:
     """Moments with the groups first, and the axis that the rest of them are along."""
     mean, var = (jnp.moveaxis(v, groups.place, 0) for v in (m.mean, m.var))

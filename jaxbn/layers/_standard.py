@@ -9,9 +9,9 @@ from jax.typing import DTypeLike
 from jaxbn import _axes, _devices, _dtypes
 from jaxbn._moments import Moments
 from jaxbn._running_stats import Momentum, RunningStats, blended, update
-from jaxbn.layers._examples import example_moments, positions
 from jaxbn.layers._layer import Layer, Norm, affine, compose, factory, init_of
 from jaxbn.layers._mixture import mixture, prior_share
+from jaxbn.layers._per_example import example_moments, positions
 
 
 @factory

@@ -88,7 +88,7 @@ def load_stats(variables: Variables, stats: Mapping[str, RunningStats]) -> dict:
     model_stats.require_same_layers(stats, own)
     batch_stats = variables["batch_stats"]
     for path, old in own.items():
-        new = model_stats.replaced(path, old, stats[path])
+        new = model_stats.with_stats(path, old, stats[path])
         batch_stats = _with(batch_stats, path, new)
     loaded = {**variables, "batch_stats": batch_stats}
     if _windows(variables):

@@ -77,7 +77,7 @@ def load_stats(model: nnx.Module, stats: Mapping[str, RunningStats]) -> None:
     layers = _layers_of(model)
     model_stats.require_same_layers(stats, layers)
     new = {
-        path: model_stats.replaced(path, arrays(statistics(layer)), stats[path])
+        path: model_stats.with_stats(path, arrays(statistics(layer)), stats[path])
         for path, layer in layers.items()
     }
     for path, layer in layers.items():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxbn import _axes, _devices
 
 
-class Partition(NamedTuple):
+class GhostGroups(NamedTuple):
     """The groups that a device has a part in.
 
     Attributes:
@@ -44,14 +44,14 @@ class Partition(NamedTuple):
         )
 
 
-def partition(
+def ghost_groups(
     x: jax.Array,
     feature_axes: tuple[int, ...],
     option: tuple[str, int],
     *,
     strided: bool,
     axis_name: _devices.AxisName | None,
-) -> Partition:
+) -> GhostGroups:
     """The groups of a batch of which this device has `x`."""
     batch = _axes.batch_axis(feature_axes, x)
     local, devices = x.shape[batch], _devices.axis_size(axis_name)
@@ -75,7 +75,7 @@ def partition(
             f"`{option[0]}` is {option[1]}: groups that take several devices, but not "
             f"all, need a single `axis_name`, got {axis_name!r}."
         )
-    return Partition(
+    return GhostGroups(
         batch=batch,
         sizes=(local // here, here) if strided else (here, local // here),
         feature_axes=axes,
