@@ -41,47 +41,48 @@ def conditional(
     stats_dtype: DTypeLike = jnp.float32,
     implementation: str | None = None,
 ) -> Layer:
-    """Conditional batch norm: each example is scaled and moved by what it is of.
+    """Conditional batch norm: scale and bias by the example's class or embedding.
 
         x̂ = batch_norm(x)            y[i] = x̂[i] · scale[i] + bias[i]
         by class:       scale[i] = params["scale"][c]            c the class of i
         by embedding:   scale[i] = params["scale"] + e @ params["scale_kernel"]
 
-    and bias alike; c or e, the vector of example i, is the `condition`. The statistics
-    are those of the whole batch. All examples are treated alike at first: scales are 1,
-    biases and kernels 0. Differentiable in every mode, to every order.
+    and likewise for bias; the `condition` is c, or e, the embedding of example i. The
+    statistics are taken over the whole batch. Initially, all examples are treated
+    alike: scales are 1, biases and kernels 0. Differentiable in every mode, to every
+    order.
 
     Args:
-      num_classes: How many classes there are: the `condition` is integers. Give this or
+      num_classes: The number of classes; the `condition` is then integers. Give this or
         `embedding_size`.
-      embedding_size: The length of embeddings: the `condition` is an array of one for
-        each example.
-      feature_axes: As for `standard`, like all that follow. The first other axis is
-        that of the examples.
+      embedding_size: The length of the embeddings; the `condition` is then an array
+        with one embedding per example.
+      feature_axes: As for `standard`, like all options below. The first other axis is
+        the batch axis.
       momentum: The weight of the old running statistics.
       epsilon: Added to the variance.
       use_scale: Whether there is a scale.
       use_bias: Whether there is a bias.
-      use_fast_variance: Pass the running mean as `shift`.
-      unbiased: Track the variance times n/(n − 1).
+      use_fast_variance: Whether to pass the running mean as `shift`.
+      unbiased: Whether to track the variance times n/(n − 1).
       axis_name: Name or names of mapped axes to compute statistics over.
       axis_index_groups: Groups of indices of that axis.
-      dtype: The output's dtype, by default that of `x`.
+      dtype: The output's dtype, by default the dtype of `x`.
       param_dtype: The dtype of the parameters.
       stats_dtype: The dtype of the running mean; complex for complex input.
-      implementation: What computes the sums of a batch, as for `moments`.
+      implementation: How the sums of a batch are computed, as for `moments`.
 
     Returns:
-      A `Layer`. `apply` needs `condition` too: integers from 0 to `num_classes` − 1,
-      one for each example or a scalar for all (the output of any other is NaN, and
-      its gradient: give padding a class that there is, and the weight 0), or
-      embeddings of shape (examples, embedding_size). The state is a `RunningStats`.
+      A `Layer`. `apply` also needs `condition`: integers from 0 to `num_classes` − 1,
+      one per example or a scalar for all (for any other integer, output and gradient
+      are NaN: give padding a valid class and the weight 0), or embeddings of shape
+      (examples, embedding_size). The state is a `RunningStats`.
 
     Raises:
-      TypeError: `num_classes` or `embedding_size` is no integer. In `apply`: the
-        `condition` is of another kind.
+      TypeError: `num_classes` or `embedding_size` is not an integer. In `apply`: the
+        `condition` has the wrong type.
       ValueError: Both or neither are given, or one is below 1. In `apply`: the
-        `condition` has another shape.
+        `condition` has the wrong shape.
 
     Example:
       >>> import jaxbn, jax.numpy as jnp
@@ -141,7 +142,7 @@ def conditional(
     def train(params, state: RunningStats, x, weights, condition=None):
         batch = norm.batch(x, weights)
         m = norm.near(state, batch)
-        # "jvp" has every mode, with neither scale nor bias as well.
+        # "jvp" supports every mode, even without scale and bias.
         return norm.by_moments(batch, m, of_each(params, condition, x), "jvp"), m
 
     def infer(params, state: RunningStats, x, weights, condition=None):

@@ -1,4 +1,4 @@
-"""Domain-specific batch norm: statistics for each of several kinds of examples."""
+"""Domain-specific batch norm: separate statistics for each kind of example."""
 
 import functools
 from typing import Any
@@ -40,7 +40,7 @@ def domain(
     stats_dtype: DTypeLike = jnp.float32,
     implementation: str | None = None,
 ) -> Layer:
-    """Domain-specific batch norm: every domain has statistics of its own.
+    """Domain-specific batch norm: every domain has its own statistics.
 
     With k the domain of example i:
 
@@ -49,40 +49,41 @@ def domain(
         inference:  the same with the running statistics of domain k
 
     where μ_k and var_k are the moments of the batch's examples of domain k. One pass
-    over `x` serves all domains. Clean and adversarial examples (AdvProp), weakly and
-    strongly augmented ones (split batch norm), and the domains of domain adaptation
-    are each a choice of ids. Differentiable in every mode, to every order.
+    over `x` serves all domains. Domains may be clean and adversarial examples
+    (AdvProp), weakly and strongly augmented examples (split batch norm), or the domains
+    of domain adaptation. Differentiable in every mode, to every order.
 
     Args:
-      num_domains: How many domains there are.
+      num_domains: The number of domains.
       shared_affine: Whether the domains share scale and bias. By default each has its
-        own, and the parameters have a first axis of domains.
-      feature_axes: As for `standard`, like all that follow. The first other axis is
-        that of the examples.
+        own, and the parameters have a leading domain axis.
+      feature_axes: As for `standard`, like all options below. The first other axis is
+        the batch axis.
       momentum: The weight of the old running statistics. A function of the step gets
-        that of each domain.
+        each domain's step.
       epsilon: Added to the variance.
       use_scale: Whether `params` has a factor "scale".
-      use_bias: Whether `params` has a summand "bias".
-      use_fast_variance: Pass each domain's running mean as `shift`.
-      unbiased: Track the variance times n/(n − 1), n of each domain.
+      use_bias: Whether `params` has an offset "bias".
+      use_fast_variance: Whether to pass each domain's running mean as `shift`.
+      unbiased: Whether to track the variance times n/(n − 1), with each domain's n.
       axis_name: Name or names of mapped axes to compute statistics over.
-      dtype: The output's dtype, by default that of `x`.
+      dtype: The output's dtype, by default the dtype of `x`.
       param_dtype: The dtype of the parameters.
       stats_dtype: The dtype of the running means; complex for complex input.
-      implementation: What computes the sums of each example, as for `moments`.
+      implementation: How the sums of each example are computed, as for `moments`.
 
     Returns:
-      A `Layer`. `apply` needs `domain_ids` too: integers from 0 to `num_domains` − 1,
-      one for each example, or a scalar for all. An example of any other id counts for
-      no domain, and its output is NaN, its gradient too: give padding an id that
-      there is, and the weight 0. The state is a `RunningStats` with a first axis
-      of domains, `step` included; that of domains without an example stays.
+      A `Layer`. `apply` also needs `domain_ids`: integers from 0 to `num_domains` − 1,
+      one per example, or a scalar for all. An example with any other id counts for no
+      domain, and its output and gradient are NaN: give padding a valid id and the
+      weight 0. The state is a `RunningStats` with a leading domain axis, also for
+      `step`; domains without an example keep their state.
 
     Raises:
-      TypeError: `num_domains` is no integer. In `apply`: `domain_ids` are no integers.
-      ValueError: `num_domains` is below 1. In `apply`: `domain_ids` have another shape,
-        or `x` has no axis of examples.
+      TypeError: `num_domains` is not an integer. In `apply`: `domain_ids` are not
+        integers.
+      ValueError: `num_domains` is below 1. In `apply`: `domain_ids` have the wrong
+        shape, or `x` has no batch axis.
 
     Example:
       >>> import jaxbn, jax.numpy as jnp
@@ -139,7 +140,7 @@ def domain(
         return _of_domains(m, ids, num_domains, mean, axis_name)
 
     def normalized(params, table, x, weights, domain_ids) -> jax.Array:
-        """Each example by its domain's row of a table of moments or statistics."""
+        """Normalizes each example by its domain's row of moments or statistics."""
         _, ids = located(x, domain_ids)
         vectors = affine(params)
         if not shared_affine:
@@ -177,7 +178,7 @@ def _of_domains(
     mean: jax.Array | None,
     axis_name: _devices.AxisName | None,
 ) -> Moments:
-    """Moments of examples, pooled for each domain; about its running `mean`, if any."""
+    """Pools moments of examples for each domain, about its running `mean` if any."""
     own = jnp.expand_dims(ids, 0) == jnp.arange(num_domains).reshape(-1, 1)
     own = jnp.expand_dims(own, tuple(range(2, m.count.ndim + 1)))
 
@@ -189,5 +190,5 @@ def _of_domains(
 
 
 def _of_each(table: Any, ids: jax.Array) -> Any:
-    """A row for each example; None stays None."""
+    """One row of `table` per example; None stays None."""
     return table if table is None else _devices.take_rows(table, ids)

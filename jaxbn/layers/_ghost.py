@@ -47,43 +47,43 @@ def ghost(
         state = update(state, merge_moments(those of the groups))
         inference:  y = normalize(x, state.mean, state.var, scale, bias)
 
-    Groups are of the whole batch, so that they do not depend on how many devices it is
-    spread over. Groups that do not cross devices cost no collective, but for the
-    running statistics.
+    Groups divide the whole batch, so they do not depend on the number of devices.
+    Groups that do not cross devices need no collective, except for the running
+    statistics.
 
     Args:
-      group_size: How many examples a group has; it must divide the batch. Give this or
+      group_size: The number of examples per group; must divide the batch. Give this or
         `num_groups`.
-      num_groups: How many groups the batch, over all devices, is divided into.
-      strided: False makes groups of neighbours, 0 0 0 1 1 1; True deals examples out in
-        turn, 0 1 0 1 0 1, as tf.keras' `virtual_batch_size` does.
-      update_per_group: False moves the running statistics once, by the moments of all
-        groups pooled. True moves them by each group in turn, as the paper does: one
-        step of `momentum` per group.
-      feature_axes: As for `standard`, like all that follow. The first other axis is
-        that of the examples.
+      num_groups: The number of groups that the batch, over all devices, is split into.
+      strided: False groups neighbors, 0 0 0 1 1 1; True alternates between groups,
+        0 1 0 1 0 1, as tf.keras' `virtual_batch_size` does.
+      update_per_group: False updates the running statistics once, with the pooled
+        moments of all groups. True updates them with each group in turn, as in the
+        paper: one step of `momentum` per group.
+      feature_axes: As for `standard`, like all options below. The first other axis is
+        the batch axis.
       momentum: The weight of the old running statistics.
       epsilon: Added to the variance.
       use_scale: Whether `params` has a factor "scale".
-      use_bias: Whether `params` has a summand "bias".
-      use_fast_variance: Pass the running mean as `shift`.
-      unbiased: Track the variance times n/(n − 1); n is the size of the whole batch, or
-        of a group with `update_per_group`.
-      axis_name: Name or names of mapped axes that the batch is spread over.
-      dtype: The output's dtype, by default that of `x`.
+      use_bias: Whether `params` has an offset "bias".
+      use_fast_variance: Whether to pass the running mean as `shift`.
+      unbiased: Whether to track the variance times n/(n − 1). Here n is the size of the
+        whole batch, or of a group with `update_per_group`.
+      axis_name: Name or names of mapped axes that the batch is split over.
+      dtype: The output's dtype, by default the dtype of `x`.
       param_dtype: The dtype of the parameters.
       stats_dtype: The dtype of the running mean; complex for complex input.
       derivatives: "vjp" or "jvp", as for `batch_norm`.
-      implementation: What computes the sums of a batch, as for `moments`.
+      implementation: How the sums of a batch are computed, as for `moments`.
 
     Returns:
       A `Layer`. Its state is a `RunningStats`. With `update_per_group`, its `forward`
       returns the moments of each group, stacked.
 
     Raises:
-      TypeError: `group_size` or `num_groups` is no integer.
+      TypeError: `group_size` or `num_groups` is not an integer.
       ValueError: Both or neither are given, or one is below 1. In `apply`: the groups
-        do not divide the batch, or the part of it that is on each device.
+        do not divide the batch, or each device's part of it.
 
     Example:
       >>> import jaxbn, jax.numpy as jnp
@@ -125,7 +125,7 @@ def ghost(
         y = norm.by_moments(batch, m, (scale, bias), derivatives)
         m, over = _of_all_groups(m, groups, axis_name, gather=update_per_group)
         if not update_per_group:
-            # A shift spares a collective, and digits where it is far.
+            # A shift saves a collective, but costs digits if it is far from the mean.
             shift = None if batch.kernels else norm.shift(state)
             m = merge_moments(m, shift=shift, axis_name=over)
         return _devices.reshape_like(y, x), m
@@ -145,7 +145,7 @@ def _of_all_groups(
     *,
     gather: bool,
 ) -> tuple[Moments, _devices.AxisName | None]:
-    """Moments with the groups first, and the axis that the rest of them are along."""
+    """Moments with a leading group axis, and the mapped axis of groups elsewhere."""
     mean, var = (jnp.moveaxis(v, groups.place, 0) for v in (m.mean, m.var))
     if m.count.ndim == 0:
         count = jnp.broadcast_to(m.count, mean.shape[:1])
@@ -159,7 +159,7 @@ def _of_all_groups(
         m = Moments(*_devices.gather(m, axis_name))
         owners = jnp.asarray(groups.owners)
         return jax.tree.map(lambda a: jnp.concatenate(a[owners]), m), None
-    # Groups that several devices share are summed over as often.
+    # A group that several devices share is summed once per device.
     copies = _devices.axis_size(axis_name) // len(groups.owners)
     return m._replace(count=count / copies), axis_name
 

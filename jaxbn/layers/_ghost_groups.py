@@ -9,16 +9,16 @@ from jaxbn import _axes, _devices
 
 
 class GhostGroups(NamedTuple):
-    """The groups that a device has a part in.
+    """The groups that a device has examples of.
 
     Attributes:
-      batch: The axis of examples, which is split in two.
-      sizes: The lengths of the two.
-      feature_axes: The axis of groups and the feature axes, after the split.
-      place: Which of `feature_axes` is that of the groups.
-      axis_name: The axis that each group is summed over, if any.
+      batch: The batch axis, which is split in two.
+      sizes: The lengths of the two new axes.
+      feature_axes: The group axis and the feature axes, after the split.
+      place: The index of the group axis in `feature_axes`.
+      axis_name: The mapped axis that each group is summed over, if any.
       axis_index_groups: Which devices share groups, unless all do.
-      owners: Devices that together have every group once, in order.
+      owners: Devices that together have every group exactly once, in order.
     """
 
     batch: int
@@ -30,13 +30,13 @@ class GhostGroups(NamedTuple):
     owners: tuple[int, ...]
 
     def split(self, array: jax.Array) -> jax.Array:
-        """`array`, aligned with x, with its examples in groups."""
+        """Splits the examples of `array`, which is aligned with x, into groups."""
         if array.shape[self.batch] == 1 != self.sizes[0] * self.sizes[1]:
             return jnp.expand_dims(array, self.batch)
         return _devices.split_axis(array, self.batch, self.sizes)
 
     def repeat(self, vector: jax.Array | None, x: jax.Array) -> jax.Array | None:
-        """A feature vector, once for each group of `x`, which is split."""
+        """Repeats a feature vector for each group of `x`, which is already split."""
         if vector is None:
             return None
         return _devices.repeat_along(
@@ -52,7 +52,7 @@ def ghost_groups(
     strided: bool,
     axis_name: _devices.AxisName | None,
 ) -> GhostGroups:
-    """The groups of a batch of which this device has `x`."""
+    """The groups of a batch; `x` is this device's part of it."""
     batch = _axes.batch_axis(feature_axes, x)
     local, devices = x.shape[batch], _devices.axis_size(axis_name)
     shared = _shared(local, devices, option, strided)
@@ -89,9 +89,9 @@ def ghost_groups(
 def _shared(
     local: int, devices: int, option: tuple[str, int], strided: bool
 ) -> tuple[int, tuple[tuple[int, ...], ...]] | None:
-    """How many groups each device has a part in, and which devices share theirs.
+    """The number of groups on each device, and which devices share their groups.
 
-    None if some group is not whole, or devices would have unlike parts.
+    None if a group would be incomplete, or the devices would have unequal parts.
     """
     total = local * devices
     name, value = option

@@ -1,4 +1,4 @@
-"""Batch norm and activation in one, whose backward pass keeps only the output."""
+"""Batch norm and activation in one, with a backward pass that keeps only the output."""
 
 import functools
 from typing import Any
@@ -35,50 +35,50 @@ def in_place(
     stats_dtype: DTypeLike = jnp.float32,
     implementation: str | None = None,
 ) -> Layer:
-    """Batch norm and an activation φ, of which the backward pass keeps only the output.
+    """Batch norm and an activation φ, keeping only the output for the backward pass.
 
         z = φ(y)        y = x̂ · (|scale| + epsilon) + bias        x̂ = batch_norm(x)
 
-    The next layer keeps z as its input, so that the two cost no memory of their own:
-    the backward pass recovers y = φ⁻¹(z) and x̂ = (y − bias) / (|scale| + epsilon). Half
-    of what a convolutional network keeps is saved on GPUs. It works on real numbers and
-    in reverse mode.
+    The next layer keeps z as its input, so batch norm and activation need no memory of
+    their own: the backward pass recovers y = φ⁻¹(z) and
+    x̂ = (y − bias) / (|scale| + epsilon). On GPUs, this halves the memory that a
+    convolutional network keeps. It works on real numbers and in reverse mode.
 
-    Do not use it where scales come near to 0 (where they start at 0, or weight decay
-    pulls them there): x̂ is recovered with the rounding error of z over |scale|. In
+    Do not use it if scales come near 0 (because they start at 0, or weight decay pulls
+    them there): x̂ is recovered with the rounding error of z divided by |scale|. In
     bfloat16 the gradient of scale is off by about 1e-2 at |scale| = 0.1, and by 0.4 at
-    0.01. Nor where the sign of the scale matters, as in most trained checkpoints. With
-    ELU, what lies below −17 (in bfloat16 −6) all has the output −1, and there the
-    gradient of x is that of the −17.
+    0.01. Nor use it if the sign of the scale matters, as in most trained checkpoints.
+    With ELU, every y below −17 (−6 in bfloat16) has the output −1, and the gradient of
+    x there is the gradient at −17.
 
     The alternative is `jax.checkpoint` with a policy that keeps the outputs of the
-    convolutions and computes batch norm and activation again:
+    convolutions and recomputes batch norm and activation:
     `jax.checkpoint_policies.save_only_these_names("conv")`, with the outputs named by
     `jax.ad_checkpoint.checkpoint_name(y, "conv")`.
 
     Args:
       activation: "leaky_relu", "elu" or "identity".
       negative_slope: The slope of leaky ReLU below 0; more than 0.
-      feature_axes: As for `standard`, like all that follow.
+      feature_axes: As for `standard`, like all options below.
       momentum: The weight of the old running statistics.
       epsilon: Added to the variance, and to |scale|.
       use_scale: Whether `params` has a factor "scale".
-      use_bias: Whether `params` has a summand "bias".
-      use_fast_variance: Pass the running mean as `shift`.
-      unbiased: Track the variance times n/(n − 1).
+      use_bias: Whether `params` has an offset "bias".
+      use_fast_variance: Whether to pass the running mean as `shift`.
+      unbiased: Whether to track the variance times n/(n − 1).
       axis_name: Name or names of mapped axes to compute statistics over.
       axis_index_groups: Groups of indices of that axis.
-      dtype: The output's dtype, by default that of `x`.
+      dtype: The output's dtype, by default the dtype of `x`.
       param_dtype: The dtype of the parameters.
       stats_dtype: The dtype of the running mean.
-      implementation: What computes the moments of a batch, as for `moments`; XLA
+      implementation: How the moments of a batch are computed, as for `moments`; XLA
         computes the backward pass.
 
     Returns:
       A `Layer`. Its state is a `RunningStats`.
 
     Raises:
-      TypeError: In `apply`: `x` or a parameter is complex; else as `standard`.
+      TypeError: In `apply`: `x` or a parameter is complex; else as for `standard`.
       ValueError: `activation` cannot be inverted, or `negative_slope` is not above 0.
 
     Example:
@@ -99,10 +99,10 @@ def in_place(
     names = ["scale"] * use_scale + ["bias"] * use_bias
 
     def positive(params):
-        """Scale and bias, the scale made positive."""
+        """Scale and bias, with the scale made positive."""
         scale, bias = affine(params)
         if scale is not None:
-            # Not abs, whose derivative at 0 is 0: scale could never leave it.
+            # Not abs: its derivative at 0 is 0, so a scale of 0 could never change.
             scale = jnp.where(scale < 0, -scale, scale) + epsilon
         return scale, bias
 
@@ -117,7 +117,7 @@ def in_place(
     )
 
     def output_dtype(params, x) -> Any:
-        """The output's dtype; complex numbers are refused."""
+        """The output's dtype; raises for complex numbers."""
         for name, array in {"x": x, **params}.items():
             if jnp.iscomplexobj(array):
                 raise TypeError(

@@ -1,11 +1,11 @@
 """Batch norm and an activation whose backward pass needs only the output.
 
-With z = φ(y) and y = x̂·s + bias, where x̂ = (x − mean)·inv and s > 0, the output tells
-all that the derivative of batch norm is made of:
+With z = φ(y) and y = x̂·s + bias, where x̂ = (x − mean)·inv and s > 0, the output
+determines everything that the derivative of batch norm needs:
 
     y = φ⁻¹(z)      x̂ = (y − bias) / s      φ′(y), as a function of z
 
-so that x need not be kept. What is kept is z, which the next layer keeps as its input.
+so x need not be kept. Only z is kept, which the next layer keeps as its input.
 """
 
 from functools import partial
@@ -19,7 +19,7 @@ from jaxbn import _axes, _dtypes, _rules, _sums
 
 
 class Activation(NamedTuple):
-    """An invertible activation, by its name; `slope` is that of leaky ReLU."""
+    """An invertible activation, given by name; `slope` is for leaky ReLU."""
 
     name: str
     slope: float
@@ -35,8 +35,8 @@ class Activation(NamedTuple):
         if self.name == "leaky_relu":
             return jnp.where(z >= 0, z, z / self.slope)
         if self.name == "elu":
-            # Where e^y was rounded away, z is −1, whose logarithm is −∞. The next
-            # number stands in for it; there φ′ is 0 in any case.
+            # Where e^y was rounded away, z is −1 and log(1 + z) is −∞. Use the next
+            # number instead; φ′ is 0 there anyway.
             lowest = -1 + float(jnp.finfo(dtype).epsneg)
             return jnp.where(z > 0, z, jnp.log1p(jnp.clip(z, lowest, 0)))
         return z
@@ -49,7 +49,7 @@ class Activation(NamedTuple):
 
 
 class InPlaceOptions(NamedTuple):
-    """What the rule must know while tracing."""
+    """The static options of the rule."""
 
     rule: _rules.Options
     activation: Activation
@@ -65,9 +65,9 @@ def _output(options: InPlaceOptions, x, scale, bias, given: _rules.Given) -> jax
 
 def _rounded(z: jax.Array) -> jax.Array:
     """z, as the one array that is both returned and kept."""
-    # XLA may keep more digits of an intermediate than its dtype has, or compute it anew
-    # from x: what the backward pass gets is then another array beside the output. Which
-    # of the two operations it needs to be told by differs between CPU and GPU.
+    # XLA may keep more digits of an intermediate than its dtype has, or recompute it
+    # from x: the backward pass then gets a different array than the output. Which of
+    # the two operations prevents this differs between CPU and GPU.
     info = jnp.finfo(z.dtype)
     z = lax.reduce_precision(z, info.nexp, info.nmant)
     return lax.optimization_barrier(z) if info.bits < 32 else z

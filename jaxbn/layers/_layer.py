@@ -1,4 +1,4 @@
-"""What every layer is: a few pure functions."""
+"""The common form of layers: a few pure functions."""
 
 import functools
 import operator
@@ -27,22 +27,22 @@ class Init(Protocol):
     def __call__(self, features: int | tuple[int, ...]) -> tuple[Params, Any]: ...
 
 
-# `apply(params, state, x, *, training, weights=None) -> (y, state)`; some layers take a
-# keyword more, for which Python has no other type.
+# `apply(params, state, x, *, training, weights=None) -> (y, state)`. Some layers take
+# one more keyword; Python has no more precise type for this.
 Apply = Callable[..., tuple[jax.Array, Any]]
 
 
 @jax.tree_util.register_static
 class Layer(NamedTuple):
-    """A batch norm as pure functions, in the manner of optax.
+    """A batch norm as pure functions, in the style of optax.
 
-    `init` and `apply` are all that training and inference need. `forward` and `update`
-    are the halves of `apply`, for moments that come in several parts or from elsewhere:
-    in training, `apply` is `y, m = forward(...)`, `state = update(state, m)`.
+    `init` and `apply` are enough for training and inference. `forward` and `update` are
+    the halves of `apply`, for moments that come in several parts or from elsewhere: in
+    training, `apply` is `y, m = forward(...)`, `state = update(state, m)`.
 
-    Layers with equal options are equal, have one hash, and can be pickled; so can their
-    functions. For JAX a layer is no leaf, but part of a tree's structure: it may be an
-    argument of a compiled function, or a field of a module.
+    Layers with equal options are equal, have the same hash, and can be pickled; so can
+    their functions. To JAX, a layer is not a leaf but part of a tree's structure: it
+    can be an argument of a compiled function, or a field of a module.
 
     Attributes:
       init: `init(features) -> (params, state)`. `features` is the number of features,
@@ -50,11 +50,11 @@ class Layer(NamedTuple):
       apply: `apply(params, state, x, *, training, weights=None) -> (y, state)`.
         `training` is a Python bool. The new state has the structure, shapes and dtypes
         of the old one; at inference it is the old one. `domain` and `conditional` take
-        one keyword more.
-      forward: Called like `apply`, it returns `(y, moments)`: the `Moments` that the
-        state is to be moved by, or, at inference, those of `x`.
-      update: `update(state, moments) -> state`, by moments as `forward` returns them,
-        or pooled by `merge_moments`.
+        one more keyword.
+      forward: Called like `apply`, it returns `(y, moments)`: the `Moments` to update
+        the state with, or, at inference, the moments of `x`.
+      update: `update(state, moments) -> state`, for moments that `forward` returns, or
+        that `merge_moments` has pooled.
 
     Example:
       >>> import jax, jaxbn, jax.numpy as jnp
@@ -79,7 +79,7 @@ class Layer(NamedTuple):
 
 
 def factory(make: Callable[P, Layer]) -> Callable[P, Layer]:
-    """For a function that makes layers: those of equal options are equal."""
+    """Decorates a function that makes layers: layers with equal options are equal."""
 
     @functools.wraps(make)
     def made(*args: P.args, **options: P.kwargs) -> Layer:
@@ -97,7 +97,7 @@ Affine = tuple[jax.Array | None, jax.Array | None]  # Scale and bias.
 
 
 class Norm(NamedTuple):
-    """How a layer normalizes, and which moments it takes, over which devices."""
+    """How a layer normalizes, how it computes moments, and over which devices."""
 
     feature_axes: _axes.Axes
     epsilon: float
@@ -108,16 +108,16 @@ class Norm(NamedTuple):
     use_fast_variance: bool
 
     def batch(self, x: jax.Array, weights: Any) -> Batch:
-        """The batch, checked."""
+        """Checks the arguments and makes a batch of them."""
         over = self.axis_name, self.axis_index_groups
         return checked_batch(x, self.feature_axes, weights, *over, self.implementation)
 
     def shift(self, state: Any) -> jax.Array | None:
-        """The running mean, where it makes the variance fast."""
+        """The running mean if `use_fast_variance`, else None."""
         return state.mean if self.use_fast_variance else None
 
     def near(self, state: Any, batch: Batch) -> Moments:
-        """Moments about the running mean, if that is wanted."""
+        """Moments about the running mean if `use_fast_variance`, else exact ones."""
         return moments_about(self.shift(state), batch)
 
     def exact(self, state: Any, x: jax.Array, weights: Any, **_: Any) -> Moments:
@@ -127,14 +127,14 @@ class Norm(NamedTuple):
     def by_moments(
         self, batch: Batch, m: Moments, affine: Affine, derivatives: str
     ) -> jax.Array:
-        """A batch normalized by its own moments."""
+        """Normalizes a batch by its own moments."""
         options = {"epsilon": self.epsilon, "dtype": self.dtype}
         return normalize_batch(batch, m, *affine, derivatives=derivatives, **options)
 
     def by_stats(
         self, x: jax.Array, mean, var, affine: Affine, weights: Any = None
     ) -> jax.Array:
-        """`x` by other statistics. NaN under `weights` reaches no gradient."""
+        """Normalizes `x` by other statistics. NaN with weight 0 reaches no gradient."""
         axes, options = (
             self.feature_axes,
             {"epsilon": self.epsilon, "dtype": self.dtype},
@@ -145,12 +145,12 @@ class Norm(NamedTuple):
         )
 
     def infer(self, params: Params, state: RunningStats, x, weights) -> jax.Array:
-        """`x` normalized by the running statistics."""
+        """Normalizes `x` by the running statistics."""
         return self.by_stats(x, state.mean, state.var, affine(params))
 
 
 def affine(params: Params) -> Affine:
-    """Scale and bias, None where there is none."""
+    """Scale and bias; None for a missing one."""
     return params.get("scale"), params.get("bias")
 
 
@@ -166,11 +166,11 @@ def compose(
     inputs: tuple[str, ...] = (),
     kind: type = RunningStats,
 ) -> Layer:
-    """The layer with parameters of these names that has these parts.
+    """Makes a layer of these parts, with parameters of these names.
 
     `train`, `infer` and `measure` are called with the parameters (not `measure`), the
     state, `x` as an array, the weights, and the `inputs`, further keywords of `apply`.
-    At inference, exact moments are measured, unless `measure` is given.
+    At inference, `forward` returns exact moments, unless `measure` is given.
     """
     measure = measure or norm.exact
 
@@ -227,7 +227,7 @@ def init_affine(
     use_bias: bool,
     param_dtype: DTypeLike,
 ) -> Params:
-    """Scale 1 and bias 0, those of them that are wanted."""
+    """Scale 1 and bias 0, each only if it is used."""
     shape = _axes.shape(features)
     params = {}
     if use_scale:
@@ -238,7 +238,7 @@ def init_affine(
 
 
 def require_training(training: Any) -> None:
-    """Refuses a `training` that is traced, or no truth value."""
+    """Raises unless `training` is a Python bool."""
     if not isinstance(training, (bool, np.bool_)):
         raise TypeError(
             f"`training` must be a Python bool, got {training!r}. It chooses between "
@@ -248,7 +248,7 @@ def require_training(training: Any) -> None:
 
 
 def require_names(params: Params, names: Iterable[str]) -> None:
-    """Refuses other parameters than the layer's own."""
+    """Raises unless the parameters have exactly these names."""
     if not isinstance(params, Mapping):
         raise TypeError(
             f"`params` must be a dict, got {type(params).__name__}. Take it from this "
@@ -262,7 +262,7 @@ def require_names(params: Params, names: Iterable[str]) -> None:
 
 
 def require_kind(state: Any, kind: type) -> None:
-    """Refuses a state of another layer, or none."""
+    """Raises unless the state has the fields of `kind`."""
     if not all(hasattr(state, name) for name in kind._fields):  # type: ignore
         raise TypeError(
             f"`state` must be a `{kind.__name__}`, as this layer's `init` makes it, "
@@ -271,7 +271,7 @@ def require_kind(state: Any, kind: type) -> None:
 
 
 def require_features(state: Any, x: jax.Array, feature_axes: tuple[int, ...]) -> None:
-    """Refuses a state of other features than `x` has."""
+    """Raises unless the state has the same features as `x`."""
     features, shape = _axes.lengths(x, feature_axes), np.shape(state.mean)
     own = shape[max(len(shape) - len(features), 0) :]
     if own != features:
@@ -284,7 +284,7 @@ def require_features(state: Any, x: jax.Array, feature_axes: tuple[int, ...]) ->
 
 
 def require_count(name: str, value: Any) -> int:
-    """Refuses what is no integer of at least 1."""
+    """Returns `value`; raises unless it is an integer of at least 1."""
     try:
         count = operator.index(value)
     except TypeError:
@@ -295,7 +295,7 @@ def require_count(name: str, value: Any) -> int:
 
 
 def require_one_count(**options: int | None) -> tuple[str, int]:
-    """Name and value of the one option that is given."""
+    """Name and value of the only option given; raises unless exactly one is given."""
     given = {name: value for name, value in options.items() if value is not None}
     if len(given) != 1:
         raise ValueError(

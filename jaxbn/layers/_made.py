@@ -1,4 +1,4 @@
-"""How a layer was made: what makes two of them equal, and one of them print."""
+"""How a layer was made, which determines its equality and its repr."""
 
 import dataclasses
 import functools
@@ -29,9 +29,9 @@ REQUIRE = {
 
 
 class Made:
-    """The function that made a layer, and the options that it was given.
+    """The function that made a layer, and its options.
 
-    Equal by value, also where options are arrays. Pickled, it is made again.
+    Equal by value, even if options are arrays. Unpickling makes it again.
     """
 
     def __init__(self, make: Callable[..., Any], options: dict[str, Any]):
@@ -41,7 +41,7 @@ class Made:
             REQUIRE.get(name, _require_bool(make, name))(value)
         self.functions = inspect.unwrap(make)(**self.options)
         for name, function in self.functions._asdict().items():
-            function.__qualname__ = f"{make.__name__}.{name}"  # In Python's errors.
+            function.__qualname__ = f"{make.__name__}.{name}"  # For error messages.
 
     @functools.cached_property
     def _key(self) -> tuple:
@@ -67,14 +67,14 @@ class Made:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Function:
-    """One of a layer's functions, equal to that of a layer with equal options."""
+    """One of a layer's functions, equal for layers with equal options."""
 
     made: Made
     __name__: str
 
     @_dtypes.mixing
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the function returns."""
+        """Calls the function."""
         return self.__wrapped__(*args, **kwargs)
 
     @property
@@ -86,7 +86,7 @@ class Function:
 
 
 def _require_bool(make: Callable[..., Any], name: str) -> Callable[[Any], None]:
-    """Refuses another value of an option that is True or False by default."""
+    """A check that raises for non-boolean values of options with a boolean default."""
 
     def require(value: Any) -> None:
         default = signature(make).parameters[name].default
@@ -97,7 +97,7 @@ def _require_bool(make: Callable[..., Any], name: str) -> Callable[[Any], None]:
 
 
 def _frozen(value: Any) -> Any:
-    """`value` as nobody changes it later: lists as tuples, arrays copied."""
+    """Protects `value` from later changes: lists become tuples, arrays are copied."""
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
         return tuple(map(_frozen, value))
     if isinstance(value, np.bool_):
@@ -106,7 +106,7 @@ def _frozen(value: Any) -> Any:
 
 
 def _comparable(name: str, value: Any) -> Any:
-    """What is equal and hashes alike where options mean the same."""
+    """A hashable key that is equal for options with the same meaning."""
     if name.endswith("dtype") and value is not None:
         return np.dtype(value)
     if isinstance(value, tuple):
@@ -117,5 +117,5 @@ def _comparable(name: str, value: Any) -> Any:
     try:
         hash(value)
     except TypeError:
-        return id(value)  # The options hold it, so that no other value has this id.
+        return id(value)  # The options hold it, so no other value has this id.
     return type(value), value

@@ -1,4 +1,4 @@
-"""Running statistics and other moments as the parts of one mixture."""
+"""Mixtures of running statistics with other moments."""
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,8 @@ def mixture(stats: RunningStats, m: Moments, weight: ArrayLike) -> Moments:
         mean = (1 − a)·stats.mean + a·m.mean
         var  = (1 − a)·stats.var + a·m.var + a·(1 − a)·|m.mean − stats.mean|²
 
-    The mixture is that of `stats` alone where `m` has no weight. `m` may be moments per
-    example. Its count stays.
+    Where `m` has no weight, the mixture is `stats` alone. `m` may be moments per
+    example. Its count does not change.
     """
     features = m.mean.shape[m.mean.ndim - stats.mean.ndim :]
     if features != stats.mean.shape:
@@ -40,7 +40,7 @@ def mixture(stats: RunningStats, m: Moments, weight: ArrayLike) -> Moments:
 
 
 def prior_share(pseudo_samples: ArrayLike, samples: ArrayLike) -> jax.Array:
-    """N/(N + n): what running statistics weigh that count as N samples, beside n."""
+    """N/(N + n): the weight of running statistics as N samples, against n new ones."""
     prior, new = jnp.asarray(pseudo_samples, float), jnp.asarray(samples, float)
     share = prior / jnp.where(prior + new > 0, prior + new, 1)
     return jnp.where(jnp.isinf(prior) | (prior + new == 0), 1.0, share)

@@ -1,4 +1,4 @@
-"""What differs from example to example: moments, and integer ids."""
+"""Values per example: moments, and integer ids."""
 
 from math import prod
 
@@ -18,7 +18,7 @@ def example_moments(
     shift: jax.Array | None = None,
     implementation: str | None = None,
 ) -> Moments:
-    """The moments of each example, stacked along a first axis; `shift` alike."""
+    """The moments of each example, stacked along a first axis, as is `shift`."""
     batch = _axes.batch_axis(feature_axes, x)
     axes = tuple(sorted((batch, *feature_axes)))
     place = axes.index(batch)
@@ -38,7 +38,7 @@ def example_moments(
 
 
 def positions(x: jax.Array, feature_axes: tuple[int, ...]) -> jax.Array:
-    """How many positions an example of `x` has for each feature."""
+    """The number of positions per feature in one example of `x`."""
     batch = _axes.batch_axis(feature_axes, x)
     rest = _axes.others((batch, *feature_axes), x.ndim)
     return jnp.asarray(prod(_axes.lengths(x, rest)), _dtypes.accumulation(x.dtype))
@@ -47,7 +47,7 @@ def positions(x: jax.Array, feature_axes: tuple[int, ...]) -> jax.Array:
 def example_ids(
     name: str, ids: ArrayLike | None, x: jax.Array, feature_axes: tuple[int, ...]
 ) -> jax.Array:
-    """Integers, one per example: `ids`, or the one id of all."""
+    """Checks `ids` and returns one integer per example; a scalar is for all."""
     examples = x.shape[_axes.batch_axis(feature_axes, x)]
     if ids is None:
         raise TypeError(f"`{name}` is needed: an integer for each example.")

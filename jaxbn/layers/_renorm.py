@@ -1,4 +1,4 @@
-"""Batch renormalization: training that normalizes as inference will."""
+"""Batch renormalization: training normalizes in the same way as inference."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -23,7 +23,7 @@ class RenormStats(NamedTuple):
     Attributes:
       mean: Array with the shape of the feature axes.
       std: Real array of the same shape, an average of √(var + epsilon).
-      step: int32 scalar, the number of updates that had any weight.
+      step: int32 scalar, the number of updates with any weight.
 
     Example:
       >>> import jaxbn
@@ -65,38 +65,39 @@ def renorm(
                     μ, σ = momentum·(μ, σ) + (1 − momentum)·(μ_B, σ_B)
         inference:  y = (x − μ) / σ · scale + bias
 
-    No gradient passes r and d. Where nothing is clipped, training gives what inference
-    gives with the statistics before the update, however small the batch; with r = 1 and
-    d = 0 (`r_max=1`, `d_max=0`) it is batch norm. At first the running statistics know
-    nothing: let the limits grow from there, as the paper does, by schedules such as
+    No gradient passes through r and d. Where nothing is clipped, training has the same
+    output as inference with the statistics before the update, however small the batch.
+    With r = 1 and d = 0 (`r_max=1`, `d_max=0`) it is batch norm. Early running
+    statistics carry no information: let the limits grow from there, as in the paper,
+    with schedules such as
     `optax.linear_schedule(1.0, 3.0, 35_000, transition_begin=5_000)`.
 
     Args:
-      r_max: The largest r, and 1 over the smallest: a number of at least 1 (`jnp.inf`
+      r_max: The largest r, and 1 over the smallest r: a number of at least 1 (`jnp.inf`
         clips nothing), or a function of the step.
       d_max: The largest |d|: a number of at least 0, or a function of the step.
-      feature_axes: As for `standard`, like all that follow.
+      feature_axes: As for `standard`, like all options below.
       momentum: The weight of the old running statistics.
       epsilon: Added to the variance.
       use_scale: Whether `params` has a factor "scale".
-      use_bias: Whether `params` has a summand "bias".
-      use_fast_variance: Pass the running mean as `shift`.
+      use_bias: Whether `params` has an offset "bias".
+      use_fast_variance: Whether to pass the running mean as `shift`.
       axis_name: Name or names of mapped axes to compute statistics over.
       axis_index_groups: Groups of indices of that axis.
-      dtype: The output's dtype, by default that of `x`.
+      dtype: The output's dtype, by default the dtype of `x`.
       param_dtype: The dtype of the parameters.
-      stats_dtype: The dtype of the running mean; complex for complex input, where d is
-        clipped in its magnitude.
+      stats_dtype: The dtype of the running mean; complex for complex input, where the
+        magnitude of d is clipped.
       derivatives: "vjp" or "jvp", as for `batch_norm`.
-      implementation: What computes the sums of a batch, as for `moments`.
+      implementation: How the sums of a batch are computed, as for `moments`.
 
     Returns:
-      A `Layer`. Its state is a `RenormStats`; the variance of the moments that its
-      `forward` returns and its `update` takes includes epsilon.
+      A `Layer`. Its state is a `RenormStats`. The moments that `forward` returns and
+      `update` takes include epsilon in their variance.
 
     Raises:
       ValueError: `r_max` is below 1 or `d_max` below 0.
-      TypeError: In `apply`, as `standard`.
+      TypeError: In `apply`, as for `standard`.
 
     Example:
       >>> import jaxbn, jax.numpy as jnp
@@ -137,7 +138,7 @@ def renorm(
         return r, _clip((m.mean - state.mean) / state.std, most_d)
 
     def with_epsilon(m: Moments) -> Moments:
-        """What the state is an average of: √ of this variance. Pooling keeps it so."""
+        """Adds epsilon to var: the state averages √ of this, also after pooling."""
         return m._replace(var=m.var + epsilon)
 
     def train(params, state: RenormStats, x, weights):
@@ -157,7 +158,7 @@ def renorm(
         return with_epsilon(norm.exact(state, x, weights))
 
     def move(state: RenormStats, m: Moments):
-        # A standard deviation is averaged as a variance is.
+        # The standard deviation is averaged in place of a variance.
         std = jnp.sqrt(lax.stop_gradient(m.var))
         old, new = RunningStats(*state), m._replace(var=std)
         return RenormStats(*update(old, new, momentum=momentum))

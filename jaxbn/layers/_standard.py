@@ -40,49 +40,51 @@ def standard(
         inference:  y = normalize(x, state.mean, state.var, scale, bias)
 
     With an `example_weight` α, inference mixes each example's own moments x̄ and s² into
-    the running ones:
+    the running statistics:
 
         mean = (1 − α)·state.mean + α·x̄
         var  = (1 − α)·state.var + α·s² + α·(1 − α)·(x̄ − state.mean)²
 
     With N `pseudo_samples`, inference mixes in the moments μ_B and var_B of its batch
-    of n examples, for data of another domain than that of training:
+    of n examples, for data from a different domain than the training data:
 
         mean = N/(N + n)·state.mean + n/(N + n)·μ_B        var alike
 
     Args:
-      feature_axes: The axes of `x` that have statistics and parameters of their own.
+      feature_axes: The axes of `x` that have their own statistics and parameters.
       momentum: The weight of the old running statistics: a number, an array, or a
         function of the step, as for `update`.
       epsilon: Added to the variance.
-      use_scale: Whether `params` has a factor "scale" (γ), at first 1.
-      use_bias: Whether `params` has a summand "bias" (β), at first 0.
-      use_fast_variance: Pass the running mean as `shift`: one pass over `x`, as exact
-        as the running mean is near. False takes two passes and is exact from the start.
-      unbiased: Track the variance times n/(n − 1).
-      example_weight: α, from 0 to 1. In a batch of m examples each has 1/m of the
-        statistics that it is normalized by; inference comes near to that with an α of
-        about 1/m, which helps networks that were trained on small batches.
-      pseudo_samples: N, how many examples the running statistics count as at inference.
-        None leaves the batch out of them; 0 is prediction-time batch norm. The state
-        stays; `jaxbn.population.adapt` makes such statistics for a whole data set.
+      use_scale: Whether `params` has a factor "scale" (γ), initially 1.
+      use_bias: Whether `params` has an offset "bias" (β), initially 0.
+      use_fast_variance: True passes the running mean as `shift`: one pass over `x`; the
+        nearer the running mean, the more exact. False takes two passes and is exact
+        from the start.
+      unbiased: Whether to track the variance times n/(n − 1).
+      example_weight: α, from 0 to 1. In a training batch of m examples, each example
+        contributes 1/m to the statistics that normalize it. An α of about 1/m brings
+        inference close to that, which helps networks trained on small batches.
+      pseudo_samples: N, the number of examples that the running statistics count as at
+        inference. None ignores the batch; 0 is prediction-time batch norm. The state
+        does not change. `jaxbn.population.adapt` makes such statistics for a whole data
+        set.
       axis_name: Name or names of mapped axes to compute statistics over.
       axis_index_groups: Groups of indices of that axis, each with its own statistics.
-      dtype: The output's dtype, by default that of `x`.
+      dtype: The output's dtype, by default the dtype of `x`.
       param_dtype: The dtype of the parameters.
       stats_dtype: The dtype of the running mean; complex for complex input.
       derivatives: "vjp" or "jvp", as for `batch_norm`.
-      implementation: What computes the sums of a batch, as for `moments`.
+      implementation: How the sums of a batch are computed, as for `moments`.
 
     Returns:
-      A `Layer`. Its state is a `RunningStats`; its `weights` are those of `moments`,
-      and matter in training, and to each example's own moments.
+      A `Layer`. Its state is a `RunningStats`. Its `weights` are as for `moments`, and
+      affect training and any moments computed at inference.
 
     Raises:
-      ValueError: `example_weight` is not from 0 to 1, `pseudo_samples` are negative,
-        or both are given.
-      TypeError: In `apply`: `training` is not a Python bool, or as `batch_norm`.
-      ValueError: In `apply`: `params` has other names than the options say, or as
+      ValueError: `example_weight` is not from 0 to 1, `pseudo_samples` is negative, or
+        both are given.
+      TypeError: In `apply`: `training` is not a Python bool, or as for `batch_norm`.
+      ValueError: In `apply`: the names in `params` do not match the options, or as for
         `batch_norm` and `update`.
 
     Example:
@@ -98,7 +100,7 @@ def standard(
     References:
       Ioffe and Szegedy, "Batch Normalization" (2015). Singh and Shrivastava, "EvalNorm"
       (2019), and Summers and Dinneen, "Four Things Everyone Should Know to Improve
-      Batch Normalization" (2020), for `example_weight`: two names of one formula. Nado
+      Batch Normalization" (2020), for `example_weight`: two names for one formula. Nado
       et al., "Evaluating Prediction-Time Batch Normalization" (2020), and Schneider et
       al., "Improving robustness against common corruptions by covariate shift
       adaptation" (2020), for `pseudo_samples`.

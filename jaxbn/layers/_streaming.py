@@ -1,4 +1,4 @@
-"""Batch norm by running statistics, in training too."""
+"""Batch norm by running statistics, even in training."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -34,44 +34,43 @@ def streaming(
     stats_dtype: DTypeLike = jnp.float32,
     implementation: str | None = None,
 ) -> Layer:
-    """Batch norm by the running statistics also in training, for the smallest batches.
+    """Batch norm by running statistics even in training, for the smallest batches.
 
-    The state is the mean and variance of everything seen so far, older batches weighing
-    less; the batch at hand is part of it. With the momentum k of this step, and the
-    batch's mean μ_B and variance var_B:
+    The state is the mean and variance of all data so far, including the current batch,
+    with less weight on older batches. With the momentum k of this step, and the batch's
+    mean μ_B and variance var_B:
 
         mean ← k·mean + (1 − k)·μ_B
         var  ← k·var + (1 − k)·var_B + k·(1 − k)·|μ_B − mean|²
         y = (x − mean) / √(var + epsilon) · scale + bias        in training and after
 
-    The last term of var is the variance between batches, without which a batch of one
-    example would have none. The average is debiased: at every step, from the first on,
-    batch t − j weighs momentumʲ / Σ momentumʲ, and the initial 0 and 1 nothing. The
-    gradient passes through the batch's part of mean and var. Steps are counted for all
-    features at once: with weights that leave a feature out of the first steps, the
-    initial values weigh in its average. It is differentiable in
-    every mode, to every order.
+    The last term of var is the variance between batches; without it, a batch of one
+    example would have none. The average is debiased: from the first step on, batch
+    t − j has the weight momentumʲ / Σ momentumʲ, and the initial 0 and 1 have none. The
+    gradient passes through the batch's part of mean and var. All features share one
+    step count: if weights leave a feature out of the first steps, its average includes
+    the initial values. Differentiable in every mode, to every order.
 
     Args:
-      feature_axes: As for `standard`, like all that follow but `momentum`.
+      feature_axes: As for `standard`, like all options below except `momentum`.
       momentum: The weight of the old statistics: a number, which is debiased, or a
-        function of the step, taken as it is: `cumulative()` weighs all batches alike.
+        function of the step, used unchanged: `cumulative()` weighs all batches equally.
       epsilon: Added to the variance.
       use_scale: Whether `params` has a factor "scale".
-      use_bias: Whether `params` has a summand "bias".
+      use_bias: Whether `params` has an offset "bias".
       axis_name: Name or names of mapped axes to compute statistics over.
       axis_index_groups: Groups of indices of that axis.
-      dtype: The output's dtype, by default that of `x`.
+      dtype: The output's dtype, by default the dtype of `x`.
       param_dtype: The dtype of the parameters.
       stats_dtype: The dtype of the running mean; complex for complex input.
-      implementation: What computes the sums of a batch, as for `moments`.
+      implementation: How the sums of a batch are computed, as for `moments`.
 
     Returns:
       A `Layer`. Its state is a `RunningStats`.
 
     Raises:
       ValueError: `momentum` is not in [0, 1).
-      TypeError: `momentum` is an array. In `apply`, as `standard`.
+      TypeError: `momentum` is an array. In `apply`, as for `standard`.
 
     Example:
       >>> import jaxbn, jax.numpy as jnp
@@ -86,8 +85,8 @@ def streaming(
     References:
       Chiley et al., "Online Normalization for Training Neural Networks" (2019). West,
       "Updating mean and variance estimates" (1979). `equinox.nn.BatchNorm(mode="ema")`
-      and praxis' `use_moving_avg_in_training`, which leave the variance between batches
-      out.
+      and praxis' `use_moving_avg_in_training`, which leave out the variance between
+      batches.
     """
     if not callable(momentum):
         if np.ndim(momentum) or isinstance(momentum, Tracer):
