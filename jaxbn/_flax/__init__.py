@@ -1,1 +1,1 @@
-"""What the linen and the nnx modules share."""
+"""Code shared by the linen and nnx modules."""

@@ -1,4 +1,4 @@
-"""A model's call as a compiled function: what for, of what, and once more."""
+"""Compiles calls of a model: static and traced arguments, and repeated calls."""
 
 import inspect
 from collections.abc import Callable
@@ -12,9 +12,9 @@ from jax.core import Tracer
 
 
 class Static:
-    """What a function is compiled for: values that are no arrays, and their places.
+    """The static arguments of a compiled function: non-array values and their places.
 
-    Unlike tuples it tells 1 from True and from 1.0.
+    Unlike tuples, it distinguishes 1 from True and from 1.0.
     """
 
     def __init__(self, values: list[Any], treedef: Any):
@@ -32,30 +32,30 @@ TRACED = object()
 
 
 def static_and_traced(call: dict[str, Any]) -> tuple[Static, list[Any]]:
-    """Keywords apart: what a function is compiled for, and arrays that it is given."""
+    """Splits keywords into static values to compile for and arrays to pass."""
     leaves, treedef = jax.tree.flatten(call)
     kept = [leaf if is_static(leaf) else TRACED for leaf in leaves]
     return Static(kept, treedef), [v for v in leaves if not is_static(v)]
 
 
 def together(static: Static, traced: list[Any]) -> dict[str, Any]:
-    """The keywords again."""
+    """Joins them into keywords again."""
     arrays = iter(traced)
     leaves = [next(arrays) if v is TRACED else v for v in static.values]
     return jax.tree.unflatten(static.treedef, leaves)
 
 
 def is_static(value: Any) -> bool:
-    """Whether a function can be compiled for a value."""
+    """Whether a value can be a static argument."""
     return _is_hashable(value) and not isinstance(value, jax.Array)
 
 
 def compiled(function: Callable, *static: Any) -> Callable:
-    """`function` of what follows its `static` arguments, compiled for these.
+    """Compiles `function` for its first arguments, `static`; the rest are traced.
 
-    Equal ones share a program, which JAX keeps for good with all that it is compiled
-    for. What cannot be hashed, or may hold a model, has a program of its own, which
-    goes with the function.
+    Equal static arguments share a program, which JAX keeps forever, together with the
+    arguments. If an argument is not hashable or may hold a model, the program is
+    separate and is freed with the returned function.
     """
     if _is_hashable(static) and all(map(_may_be_kept, static)):
         return partial(_shared, function, static)
@@ -68,7 +68,7 @@ def _shared(function: Callable, static: tuple, *rest: Any) -> Any:
 
 
 def _may_be_kept(value: Any) -> bool:
-    """Whether nothing hangs on it: a function that is found by its name lives on."""
+    """Whether keeping it keeps no model alive: a module-level function lives anyway."""
     if isinstance(value, Static):
         return all(map(_may_be_kept, value.values))
     if inspect.ismethod(value) or isinstance(value, partial):
@@ -85,27 +85,27 @@ def _is_hashable(value: Any) -> bool:
 
 
 class Repeated:
-    """`f(batch)`, a compiled function that draws other random numbers in every call.
+    """`f(batch)`, a compiled function that draws new random numbers in every call.
 
-    `run(streams, batch)` returns what is wanted of the batch, and where its random
-    streams, a tree of small arrays, are then: the next call goes on from there.
+    `run(streams, batch)` returns the result for the batch and the advanced random
+    streams, a tree of small arrays, from which the next call continues.
     """
 
     def __init__(self, run: Callable, streams: Any):
         self.run, self.streams, self.first = run, streams, streams
 
     def __call__(self, batch: Any) -> Any:
-        """What `run` finds of a batch."""
+        """The result of `run` for a batch."""
         streams = jax.tree.map(_as_free, self.streams, self.first)
         found, after = self.run(streams, batch)
-        # Under a trace of the caller's, they are not known outside of it.
+        # If the caller is tracing, the streams are not known outside the trace.
         if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(after)):
             self.streams = after
         return found
 
 
 def _as_free(value: Any, first: Any) -> Any:
-    """`value`, not bound to the devices of the last batch if it was not at first."""
+    """Frees `value` from the devices of the last batch, if it was free at first."""
     if getattr(first, "committed", False) or not getattr(value, "committed", False):
         return value
     if not jnp.issubdtype(value.dtype, jax.dtypes.prng_key):

@@ -1,4 +1,4 @@
-"""What the linen and the nnx module share: from Flax's fields to a layer."""
+"""Makes layers from the fields of Flax modules, for linen and nnx."""
 
 import functools
 import inspect
@@ -22,7 +22,7 @@ LATE_MOMENTUM = (
 )
 
 
-# What a module passes to its layer: fields of its own with the names of the options.
+# The options that a module passes to its layer, from fields with the same names.
 COMMON = ("momentum", "epsilon", "use_scale", "use_bias", "axis_name", "dtype")
 COMMON += ("param_dtype", "implementation")
 OPTIONS: dict[Callable[..., layers.Layer], tuple[str, ...]] = {
@@ -67,16 +67,16 @@ OPTIONS: dict[Callable[..., layers.Layer], tuple[str, ...]] = {
         "axis_index_groups",
     ),
 }
-# What is no field of a module: it depends on the input.
+# Options that are not fields of a module, because they depend on the input.
 OF_THE_INPUT = {"feature_axes", "stats_dtype"}
 
 
 def layer(
     make: Callable[..., layers.Layer], module: Any, *, exact: bool = False, **given: Any
 ):
-    """The layer that `make` makes of the module's fields, and before them of `given`.
+    """Calls `make` with the module's fields; `given` takes precedence over them.
 
-    `exact` has statistics computed in two passes, whatever the module says.
+    `exact` computes statistics in two passes, regardless of the module's fields.
     """
     names = {*COMMON, *OPTIONS[make]}
     if missing := set(signature(make).parameters) - names - OF_THE_INPUT:
@@ -93,13 +93,13 @@ def layer(
             "`update_per_group` several for one. Choose one of them."
         )
     if options.get("axis_name") is None and "axis_index_groups" in options:
-        # Flax ignores groups of no axis: one switch turns synchronizing off.
+        # Flax ignores groups without an axis, so one switch turns synchronization off.
         options["axis_index_groups"] = None
     return make(**options)
 
 
 def make_hashable(module: Any) -> None:
-    """Makes lists in fields tuples: a module that is static to a `jit` is hashed."""
+    """Turns lists in fields into tuples: a module that is static in `jit` is hashed."""
     module.axis, module.axis_name, groups = hashable(
         module.axis, module.axis_name, getattr(module, "axis_index_groups", None)
     )
@@ -108,13 +108,13 @@ def make_hashable(module: Any) -> None:
 
 
 def hashable(axis, axis_name, axis_index_groups) -> tuple:
-    """The three, with tuples in place of lists."""
+    """Returns all three with tuples instead of lists."""
     axis = tuple(axis) if isinstance(axis, Iterable) else axis
     return axis, *_devices.hashable(axis_name, axis_index_groups)
 
 
 def name_call(cls: type) -> None:
-    """Gives a class a `__call__` of its own, to be named in Python's errors."""
+    """Gives a class its own `__call__`, so Python's errors name the class."""
     if "__call__" in vars(cls):
         return
     call = inspect.unwrap(cls.__call__)
@@ -129,7 +129,7 @@ def name_call(cls: type) -> None:
 
 
 def is_training(use_running_average: Any) -> bool:
-    """Not `use_running_average`, refused where it is not known while tracing."""
+    """Returns `not use_running_average`; raises if it is traced."""
     if isinstance(use_running_average, Tracer):
         raise TypeError(
             "`use_running_average` must be a Python bool, got a traced value. It "
@@ -140,18 +140,18 @@ def is_training(use_running_average: Any) -> bool:
 
 
 def state(kind: type, values: dict[str, jax.Array], like: Any) -> Any:
-    """The layer's state. Only what is a function of the step needs the step kept."""
+    """The layer's state. The step is only stored if an option is a function of it."""
     return kind(**{"step": jnp.zeros(like.step.shape, jnp.int32)} | values)
 
 
 def as_dict(**arrays: jax.Array | None) -> dict[str, jax.Array]:
-    """The layer's parameters: those that the module has."""
+    """The layer's parameters, without the ones that the module lacks."""
     return {name: value for name, value in arrays.items() if value is not None}
 
 
 def as_inexact(x: Any) -> jax.Array:
-    """`x` as an array; integers as float32, as Flax takes them."""
-    if isinstance(x, (tuple, list, Mapping)):  # JAX would stack what it can.
+    """Converts `x` to an array, and integers to float32, as in Flax."""
+    if isinstance(x, (tuple, list, Mapping)):  # JAX would stack it if possible.
         raise TypeError(
             f"`x` must be an array, got a {type(x).__name__} of {len(x)}. If a batch "
             "has several parts, call the model with one of them."
@@ -161,13 +161,13 @@ def as_inexact(x: Any) -> jax.Array:
 
 
 def output_dtype(*arrays: Any, dtype: Any) -> Any:
-    """The output's dtype as Flax has it, which JAX's strict promotion refuses."""
+    """The output's dtype by Flax's rule, which JAX's strict promotion forbids."""
     with jax.numpy_dtype_promotion("standard"):
         return canonicalize_dtype(*arrays, dtype=dtype)
 
 
 def feature_axes(axis: _axes.Axes, ndim: int) -> tuple[int, ...]:
-    """`axis` as `feature_axes`; naming an axis twice is naming it, as in Flax."""
+    """Returns `axis` as `feature_axes`; duplicates are allowed, as in Flax."""
     each = axis if isinstance(axis, Iterable) else (axis,)
     return tuple(sorted({_axes.canonical(a, ndim, "axis")[0] for a in each}))
 
@@ -175,8 +175,8 @@ def feature_axes(axis: _axes.Axes, ndim: int) -> tuple[int, ...]:
 def require_features(
     name: str, mean: jax.Array, expected: Any, x: jax.Array, axes: tuple[int, ...]
 ) -> None:
-    """Refuses an `x` of other features than the module has statistics of."""
-    shape = np.shape(mean)  # (Exporters put other functions in the place of JAX's.)
+    """Raises if the features of `x` do not match the module's statistics."""
+    shape = np.shape(mean)  # (Exporters replace JAX's functions by others.)
     if shape != expected.shape:
         leading = len(expected.shape) - len(axes)
         raise ValueError(
@@ -187,9 +187,9 @@ def require_features(
 
 
 def like_mean(x: jax.Array, mean: jax.Array, remedy: str) -> jax.Array:
-    """`x`, complex if the running mean is; a complex `x` without such a mean refused.
+    """Casts `x` to complex if the running mean is complex; raises for the opposite.
 
-    The statistics keep their dtype, so that a real mean would lose an imaginary part.
+    Statistics keep their dtype, so a real mean would lose the imaginary part.
     """
     if jnp.iscomplexobj(x) and not jnp.iscomplexobj(mean):
         raise TypeError(
@@ -202,7 +202,7 @@ def like_mean(x: jax.Array, mean: jax.Array, remedy: str) -> jax.Array:
 
 
 def require_mask(mask: ArrayLike | None, x: jax.Array) -> None:
-    """Refuses a mask that the verbs would refuse, or that may mean two things."""
+    """Raises for a mask with an invalid shape or dtype, or an ambiguous shape."""
     if mask is None:
         return
     shape = np.shape(mask)

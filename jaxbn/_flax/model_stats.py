@@ -1,4 +1,4 @@
-"""The running statistics of a model's layers: out of its variables, and back."""
+"""Reads and writes the running statistics of a model's layers in its variables."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,13 +17,13 @@ NO_LAYERS = (
 
 
 def layers_of(tree: Any) -> Iterator[tuple[str, Mapping]]:
-    """The dicts of a mean and a variance, those of batch norms, by their paths."""
+    """Yields the path and the dict of mean and variance of every batch norm."""
     for path, layer in paths_of_layers(tree):
         yield "/".join(map(str, path)), layer
 
 
 def paths_of_layers(tree: Any, path: tuple = ()) -> Iterator[tuple[tuple, Mapping]]:
-    """The same by paths that are tuples; windows of nnx are no layers."""
+    """Yields the same with tuples as paths; skips accumulation windows of nnx."""
     if not isinstance(tree, Mapping):
         return
     arrays = {name for name, part in tree.items() if not isinstance(part, Mapping)}
@@ -35,7 +35,7 @@ def paths_of_layers(tree: Any, path: tuple = ()) -> Iterator[tuple[tuple, Mappin
 
 
 def as_running_stats(values: Mapping[str, Any]) -> RunningStats:
-    """A layer's statistics; where it tracks a standard deviation, that squared."""
+    """A layer's statistics. A tracked standard deviation is squared."""
     own = {"mean", "var", "std", "step"} & set(values)
     arrays = {name: jnp.asarray(values[name]) for name in own}
     if "std" in arrays:
@@ -44,11 +44,11 @@ def as_running_stats(values: Mapping[str, Any]) -> RunningStats:
 
 
 def as_kept(old: Mapping[str, Any], stats: RunningStats) -> dict[str, jax.Array]:
-    """The inverse: under the names, in the shapes and dtypes that a layer has."""
+    """The inverse: arrays with the names, shapes and dtypes of the layer's state."""
     new = stats._asdict()
     if "std" in old:
         new["std"] = jnp.sqrt(_dtypes.widen(jnp.asarray(new.pop("var"))))
-    # Arrays of their own: they may be donated, and `stats` live on.
+    # Copies, so that they can be donated while `stats` lives on.
     return {
         name: jnp.array(
             jnp.broadcast_to(value, np.shape(old[name])),
@@ -61,9 +61,9 @@ def as_kept(old: Mapping[str, Any], stats: RunningStats) -> dict[str, jax.Array]
 
 
 def with_stats(name: str, old: Mapping[str, Any], stats: Any) -> dict[str, jax.Array]:
-    """A layer's arrays with other statistics in them.
+    """A layer's arrays with its statistics replaced.
 
-    Steps do not go back: what depends on them (schedules, debiasing) goes on.
+    Steps never go back, so schedules and debiasing continue.
     """
     if not isinstance(stats, RunningStats):
         raise TypeError(
@@ -83,7 +83,7 @@ def with_stats(name: str, old: Mapping[str, Any], stats: Any) -> dict[str, jax.A
 
 
 def require_same_layers(given: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Refuses statistics that are not of all layers, or are of others."""
+    """Raises if layers are missing from the statistics, or unknown to the model."""
     missing, unknown = sorted(set(own) - set(given)), sorted(set(given) - set(own))
     if missing or unknown:
         raise ValueError(

@@ -1,7 +1,7 @@
-"""What modules record beside their statistics: moments of batches, and of a window.
+"""Records that modules keep next to their statistics: moments of batches or a window.
 
-A record is a dict of arrays: mean, var and count, the moments of what was seen. That of
-a window has also the statistics at its start, under their names with `START` before.
+A record is a dict of arrays: mean, var and count, the moments of the data seen. The
+record of a window also has the statistics at its start, with names prefixed by `START`.
 """
 
 from collections.abc import Mapping
@@ -21,10 +21,10 @@ START = "start_"
 
 
 def empty(mean: jax.Array) -> Arrays:
-    """The record of no batch, for statistics with this mean; as wide as JAX has it."""
+    """An empty record for statistics with this mean, as wide as JAX's default dtype."""
     mean = jnp.zeros_like(_dtypes.widen(mean, jnp.zeros(())))
     real = mean.real
-    # Arrays of their own, or they could not be donated.
+    # Separate arrays, or they could not be donated.
     return {"mean": mean, "var": jnp.zeros_like(real), "count": jnp.zeros_like(real)}
 
 
@@ -35,12 +35,12 @@ def empty_window(stats: Arrays) -> Arrays:
 
 
 def is_window(record: Any) -> bool:
-    """Whether a record, or the names in it, are a window's."""
+    """Whether a record, or a list of its names, belongs to a window."""
     return START + "mean" in record
 
 
 def closed(record: Record) -> Arrays:
-    """The record with nothing in it; a window then starts where statistics are."""
+    """Empties the record; a window then starts from the current statistics."""
     empty_now = {n: jnp.zeros_like(v) for n, v in record.items() if n in FIELDS}
     return {**record, **empty_now}
 
@@ -63,9 +63,9 @@ def run(
 ) -> tuple[jax.Array, Any, Arrays]:
     """Applies a layer, and records the moments of `x` if there is a record.
 
-    `kind` makes the layer's state of a dict. Returns the output, the new state (None at
-    inference), and the new record. The statistics take one step for a window: each of
-    its micro-batches moves those of its start by all that was seen since.
+    `kind` makes the layer's state from a dict. Returns the output, the new state (None
+    at inference), and the new record. The statistics take one step per window: each
+    micro-batch updates the statistics from its start with all the data seen since.
     """
     if record is None:
         y, new = layer.apply(params, kind(stats), x, training=training, **inputs)
@@ -82,7 +82,7 @@ def run(
 
 
 def _start(record: Arrays, stats: Arrays) -> Arrays:
-    """The statistics at the start of a window: those at hand while it is empty."""
+    """The statistics at the start of a window; while it is empty, the current ones."""
     is_empty = jnp.all(record["count"] == 0)
     return {
         name: _devices.where(is_empty, now, record[START + name].astype(now.dtype))
@@ -91,10 +91,10 @@ def _start(record: Arrays, stats: Arrays) -> Arrays:
 
 
 def _with(record: Arrays, m: Moments) -> Arrays:
-    """The record with a batch more."""
-    # Restored in a narrow dtype it would stay there, and its count stop.
+    """Adds a batch to the record."""
+    # A record restored in a narrow dtype would stay narrow, and its count would stop.
     old = Moments(*(_dtypes.widen(v) for v in moments_of(record)))
-    if m.mean.ndim > old.mean.ndim:  # of groups, each with moments of its own
+    if m.mean.ndim > old.mean.ndim:  # groups, each with its own moments
         m = merge_moments(m)
     m = m._replace(count=whole_count(m))
 

@@ -1,4 +1,4 @@
-"""Flax Linen modules: they hold the variables and call `jaxbn.layers`."""
+"""Flax Linen modules, which hold the variables and call `jaxbn.layers`."""
 
 from jaxbn.linen._batch_norm import BatchNorm as BatchNorm
 from jaxbn.linen._models import end_accumulation as end_accumulation

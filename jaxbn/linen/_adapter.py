@@ -1,4 +1,4 @@
-"""From a layer to a linen module: where its parameters and statistics live."""
+"""Makes linen modules from layers: stores their parameters and statistics."""
 
 from functools import partial
 from typing import Any
@@ -48,11 +48,11 @@ class Adapter(nn.Module):
         Args:
           x: The input.
           use_running_average: Inference if True, training if False; here or as a field.
-          mask: Boolean mask or non-negative weights that broadcast against `x`: which
-            positions the statistics are of.
+          mask: Boolean mask or non-negative weights that broadcast against `x`: the
+            positions that the statistics use.
 
         Returns:
-          An array of the shape of `x`.
+          An array with the shape of `x`.
         """
         return self._run(x, use_running_average, mask)
 
@@ -65,7 +65,7 @@ class Adapter(nn.Module):
 
     @nn.nowrap
     def _keeps_step(self) -> bool:
-        """Whether something is a function of the step, which then is kept."""
+        """Whether the module keeps a step count, because an option depends on it."""
         return callable(self.momentum)  # type: ignore  (a field of every module)
 
     @nn.nowrap
@@ -85,7 +85,7 @@ class Adapter(nn.Module):
         mask: ArrayLike | None,
         **inputs: Any,
     ) -> jax.Array:
-        """What `__call__` does."""
+        """Implements `__call__`."""
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
@@ -136,14 +136,14 @@ class Adapter(nn.Module):
 
     @nn.nowrap
     def _mode(self, training: bool) -> str:
-        """What becomes of the moments of this call.
+        """How the moments of this call are used.
 
-        "plain": nothing but a step of the statistics, in training. "record": they are
-        recorded as well. "measure": they are recorded instead. "window": the step that
-        a window of micro-batches has made so far is made anew.
+        "plain": only for a step of the statistics, in training. "record": they are also
+        recorded. "measure": they are only recorded. "window": the statistics take the
+        step of the current window again, now with this micro-batch.
 
-        Flax's batch norm has no `batch_moments`, where all collections are mutable:
-        they must be there, or be asked for by name.
+        Flax's batch norm makes no `batch_moments` when all collections are mutable, so
+        they must already exist, or be requested by name.
         """
         accumulate: bool = self.accumulate  # type: ignore  (a field of every module)
         mutable = self.scope.mutable  # type: ignore  (a scope is bound in a call)
@@ -174,7 +174,7 @@ class Adapter(nn.Module):
 
     @nn.nowrap
     def _open_window(self, stats: dict) -> None:
-        """Makes the variables of a window, where the module is initialized."""
+        """Makes the variables of a window when the module is initialized."""
         if not self.is_mutable_collection("batch_moments"):
             raise ValueError(NO_WINDOW)
         self._record("window", stats)
@@ -188,14 +188,14 @@ class Adapter(nn.Module):
 
     @nn.nowrap
     def _stats(self, layer: layers.Layer, features, state: Any, training: bool) -> dict:
-        """The variables of `batch_stats`, by their names."""
+        """The variables of `batch_stats`, by name."""
         names = list(state._fields)
         given = self.has_variable("batch_stats", "mean")
         if not self._keeps_step():
             names.remove("step")
         elif given and not self.has_variable("batch_stats", "step"):
             if training:
-                # From 0 on, a debiased average would forget the old statistics.
+                # Starting at 0, a debiased average would forget the old statistics.
                 own = "`momentum`" if callable(self.momentum) else "A field"  # type: ignore
                 raise ValueError(
                     f"{own} is a function of the step, but `batch_stats` has a mean "
@@ -217,9 +217,9 @@ class Variant(Adapter):
       use_running_average: Inference if True, training if False; here or in the call.
       axis: The feature axis or axes of the input.
       momentum: Weight of the old statistics: a number, an array, or a function of the
-        number of updates; then `batch_stats` has a leaf `step`.
+        number of updates; for a function, `batch_stats` has a leaf `step`.
       epsilon: Added to the variance.
-      dtype: The output's dtype; by default that of input and parameters together.
+      dtype: The output's dtype; by default promoted from input and parameters.
       param_dtype: The dtype of the parameters.
       use_bias: Whether there is a bias.
       use_scale: Whether there is a scale.

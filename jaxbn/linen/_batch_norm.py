@@ -1,4 +1,4 @@
-"""`flax.linen.BatchNorm` on jaxbn's verbs."""
+"""`flax.linen.BatchNorm`, computed by jaxbn."""
 
 from typing import Any
 
@@ -14,56 +14,56 @@ from jaxbn.linen._adapter import Adapter
 class BatchNorm(Adapter, nn.BatchNorm):
     """`flax.linen.BatchNorm` with exact statistics and hand-written derivatives.
 
-    Takes the place of Flax's class by changing one import: same fields and defaults,
-    same collections (`params`: scale, bias; `batch_stats`: mean, var), names, shapes,
-    initial values and output dtype. It computes what `jaxbn.layers.standard` does.
+    A drop-in replacement for Flax's class: same fields and defaults, same collections
+    (`params`: scale, bias; `batch_stats`: mean, var), names, shapes, initial values and
+    output dtype. It computes the same as `jaxbn.layers.standard`.
 
         training:   y, m = batch_norm(x, scale, bias);  batch_stats = update(..., m)
         inference:  y = normalize(x, mean, var, scale, bias)
 
-    Where `mutable` names the collection `batch_moments` (`mutable=True` does not), it
-    records the moments of its input, in training and at inference: those that the
-    statistics move by, or, where these are not mutable and stay, exact ones in two
+    If `mutable` names the collection `batch_moments` (`mutable=True` does not), it
+    records the moments of its input, in training and at inference: the moments that
+    update the statistics, or, if `batch_stats` is not mutable, exact moments in two
     passes. See `jaxbn.linen.moments_fn`.
 
-    Where it differs from Flax's: statistics over devices weigh every example alike,
-    also under masks; a mask may be float weights; NaN under the mask and an empty mask
-    do no harm; statistics keep their dtype, and are never rounded to `dtype`; they are
-    data, and gradients stop there. With `axis_name`, the running mean must be the same
-    on every device.
+    Differences from Flax: statistics over devices weigh every example equally, even
+    with masks; a mask may be float weights; NaN under the mask and an empty mask do no
+    harm; statistics keep their dtype, and are never rounded to `dtype`; gradients stop
+    at the statistics. With `axis_name`, the running mean must be the same on every
+    device.
 
     Attributes:
       use_fast_variance: True (Flax's default) passes the running mean as `shift`, which
-        reads `x` once and is as exact as the running mean is near. False is exact from
+        reads `x` once; the nearer the running mean, the more exact. False is exact from
         the first step.
-      force_float32_reductions: False gives the running statistics `param_dtype` for
-        their own dtype, in which small steps are lost if it is narrow. Sums are
-        accumulated in float32 or wider all the same.
+      force_float32_reductions: False gives the running statistics the dtype
+        `param_dtype`, in which small steps are lost if it is narrow. Sums are still
+        accumulated in float32 or wider.
       momentum: Weight of the old statistics. May also be a function of the number of
         updates (`jaxbn.debiased(0.99)`, an optax schedule); then `batch_stats` has a
         third leaf, `step`.
-      unbiased: Track the variance times n/(n − 1).
+      unbiased: Whether to track the variance times n/(n − 1).
       derivatives: "vjp" or "jvp", as for `jaxbn.batch_norm`.
-      implementation: What computes the sums of a batch, as for `jaxbn.moments`: None,
-        "xla" or "native".
+      implementation: How the sums of a batch are computed, as for `jaxbn.moments`:
+        None, "xla" or "native".
       example_weight: Weight of an example's own moments at inference, as for
         `jaxbn.layers.standard`.
-      pseudo_samples: How many examples the running statistics count as at inference,
-        beside those of the batch; None leaves the batch out. As for
+      pseudo_samples: The number of examples that the running statistics count as at
+        inference, relative to the batch; None ignores the batch. As for
         `jaxbn.layers.standard`.
-      accumulate: Make one step of the statistics for several micro-batches, equal to
-        that of all of them in one batch, until `jaxbn.linen.end_accumulation`. A layer
-        that is called twice in a pass takes both inputs for one batch. The window's
-        pooled moments and the statistics at its start are the collection
-        `batch_moments`, which must be passed along, and mutable in training.
+      accumulate: Whether several micro-batches make a single step of the statistics,
+        the same as for all of them in one batch, until `jaxbn.linen.end_accumulation`.
+        If a layer is called twice in a pass, both inputs count as one batch. The
+        collection `batch_moments` holds the window's pooled moments and the statistics
+        at its start. It must be passed along, and be mutable in training.
       (others): As in `flax.linen.BatchNorm`.
 
     Raises:
-      TypeError: In a call: `x` is complex and the running mean is not, which happens
-        only to statistics that were initialized with a real `x`.
-      ValueError: In a call: `use_running_average` is given both or neither time, `x`
-        has other features than the statistics, `momentum` is a function and
-        `batch_stats` has no `step` to go on from, or as for `jaxbn.batch_norm`.
+      TypeError: In a call: `x` is complex and the running mean is not, which only
+        happens if the statistics were initialized with a real `x`.
+      ValueError: In a call: `use_running_average` is given twice or not at all, the
+        features of `x` do not match the statistics, `momentum` is a function and
+        `batch_stats` has no `step` to continue from, or as for `jaxbn.batch_norm`.
 
     Example:
       >>> import jax, jaxbn, jax.numpy as jnp

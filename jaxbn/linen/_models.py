@@ -1,4 +1,4 @@
-"""The statistics of a linen model: taken out, measured, put back; windows closed."""
+"""Reads, measures and writes the statistics of a linen model, and closes windows."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -26,18 +26,18 @@ NOT_OURS = (
 
 
 def running_stats(variables: Variables) -> dict[str, RunningStats]:
-    """The running statistics of every batch norm of a model.
+    """The running statistics of every batch norm in a model.
 
     Args:
-      variables: Those of a model, with the collection `batch_stats`.
+      variables: The variables of a model, with the collection `batch_stats`.
 
     Returns:
       A dict from the path of a layer, such as "Block_0/BatchNorm_1", to its
       `RunningStats`. For `BatchRenorm`, `var` is the square of its `std`; `step` is 0
-      where the layer keeps none.
+      if the layer does not keep one.
 
     Raises:
-      ValueError: There are no such statistics.
+      ValueError: The variables have no statistics.
 
     Example:
       >>> import flax.linen as nn, jax, jaxbn, jax.numpy as jnp
@@ -54,21 +54,21 @@ def running_stats(variables: Variables) -> dict[str, RunningStats]:
 
 
 def load_stats(variables: Variables, stats: Mapping[str, RunningStats]) -> dict:
-    """Variables with other running statistics: the inverse of `running_stats`.
+    """Replaces the running statistics in variables: the inverse of `running_stats`.
 
     Args:
-      variables: Those of a model.
-      stats: A `RunningStats` for every batch norm, by its path, as `recalibrate`,
-        `adapt` and `running_stats` return them.
+      variables: The variables of a model.
+      stats: A dict from the path of every batch norm to its `RunningStats`, as returned
+        by `recalibrate`, `adapt` and `running_stats`.
 
     Returns:
-      New variables with the structure and dtypes of the old ones. A layer's `step` does
-      not go back, so that schedules go on; windows of `accumulate` are closed.
+      New variables with the structure and dtypes of the old ones. A layer's `step`
+      never goes back, so schedules continue; windows of `accumulate` are closed.
 
     Raises:
-      TypeError: A value is no `RunningStats`.
-      ValueError: Layers are missing, unknown, or have other features, or the variables
-        have no statistics.
+      TypeError: A value is not a `RunningStats`.
+      ValueError: Layers are missing, unknown, or have different features, or the
+        variables have no statistics.
 
     Example:
       >>> import jax, jaxbn, jax.numpy as jnp
@@ -99,32 +99,32 @@ def load_stats(variables: Variables, stats: Mapping[str, RunningStats]) -> dict:
 def moments_fn(
     model: nn.Module, variables: Variables, **call: Any
 ) -> Callable[[Any], dict[str, Moments]]:
-    """A function that measures what every batch norm of a model sees of a batch.
+    """Makes a function that measures the input moments of every batch norm in a model.
 
-    It runs `model.apply(variables, batch, mutable=["batch_moments"], **call)`, and
-    leaves variables as they are. In training layers are normalized by the batch, as
-    Precise BN and AdaBN want it; at inference by the running statistics, as for
-    `drift`. Which of the two it is, and what else the model takes, is up to `call`.
+    It runs `model.apply(variables, batch, mutable=["batch_moments"], **call)`, and does
+    not change the variables. In training, layers normalize by the batch, as needed for
+    Precise BN and AdaBN; at inference, by the running statistics, as needed for
+    `drift`. The arguments in `call` choose between the two.
 
     Args:
       model: A model with batch norms of `jaxbn.linen`.
       variables: Its variables, with `batch_stats`.
-      **call: What `model.apply` takes besides: `training=True`, or whatever the model
-        calls it; `rngs`, a key or a dict of keys: in its i-th call, from 0, the
-        function takes `jax.random.fold_in(key, i)` of each, so that every batch has
-        another dropout mask (calls inside a function that JAX traces do not count);
-        `method`, a function of the module and the batch, where a batch is not the
-        model's first argument: `lambda net, b: net(b["image"])`.
-        Arrays may be traced; for other values the function is compiled.
+      **call: Further arguments of `model.apply`: `training=True`, or the model's own
+        name for it; `rngs`, a key or a dict of keys: call number i, counted from 0,
+        uses `jax.random.fold_in(key, i)` of each, so every batch gets a new dropout
+        mask (calls inside a function that JAX traces do not count); `method`, a
+        function of the module and the batch, if a batch is not the model's first
+        argument: `lambda net, b: net(b["image"])`. Arrays may be traced; other values
+        are static.
 
     Returns:
-      `f(batch)`, compiled, that returns a dict from the path of a layer to its
-      `Moments`: exact ones, taken in two passes. A layer that is called several times
-      has the moments of all its inputs together; one that is not called, count 0.
+      `f(batch)`, compiled, that returns a dict from the path of a layer to its exact
+      `Moments`, computed in two passes. A layer that is called several times has the
+      moments of all its inputs together; a layer that is not called has count 0.
 
     Raises:
       ValueError: The variables have no statistics. In the call: no layer recorded
-        moments, or a layer of another library wants to write statistics.
+        moments, or a layer of another library tries to write statistics.
 
     Example:
       >>> import jax, jaxbn, jax.numpy as jnp
@@ -153,13 +153,13 @@ def _measure(
     number: jax.Array,
     batch: Any,
 ) -> tuple[dict[str, Moments], jax.Array]:
-    """The moments in the call of this number, and the next number."""
+    """The moments in call number `number`, and the next number."""
     call = calls.together(static, traced)
     if "rngs" in call:
         fold = lambda key: jax.random.fold_in(key, number)  # noqa: E731
         call["rngs"] = jax.tree.map(fold, call["rngs"])
     layers = _layers_of(variables)
-    # Every layer has a record from the start, as `nn.cond` and `nn.scan` want it.
+    # Every layer has a record from the start, as `nn.cond` and `nn.scan` require.
     empty = variables["batch_stats"]
     for path, stats in layers.items():
         empty = _with(empty, path, recording.empty(stats["mean"]))
@@ -181,14 +181,14 @@ def _measure(
 
 
 def end_accumulation(variables: Variables) -> dict:
-    """Closes the windows of all layers with `accumulate`: the step is done.
+    """Closes the windows of all layers with `accumulate`, when the step is done.
 
-    The statistics of the window, which are those of all its micro-batches in one batch,
-    are where the next window starts from.
+    The next window starts from the statistics of this one, which are the same as for
+    all its micro-batches in one batch.
 
     Args:
-      variables: Those of a model, or what `apply` returned of them, with the collection
-        `batch_moments`.
+      variables: The variables of a model, or the part returned by `apply`, with the
+        collection `batch_moments`.
 
     Returns:
       New variables of the same structure: the same `batch_stats`, and empty windows.
@@ -239,14 +239,14 @@ def _layers_of(variables: Variables) -> dict[str, Mapping]:
 
 
 def _only_records(tree: Mapping) -> dict:
-    """The tree without what else is in its dicts."""
+    """The tree with only complete records in its dicts."""
     parts = {k: _only_records(v) for k, v in tree.items() if isinstance(v, Mapping)}
     arrays = {k: v for k, v in tree.items() if k in recording.FIELDS}
     return (arrays if len(arrays) == len(recording.FIELDS) else {}) | parts
 
 
 def _with(tree: Mapping, path: str, leaf: Mapping) -> Any:
-    """The tree with these arrays in the dict at a path."""
+    """The tree with these arrays added to the dict at a path."""
     if not path:
         return _like(tree, {**tree, **leaf})
     name, _, rest = path.partition("/")

@@ -1,4 +1,4 @@
-"""jaxbn's arithmetic in models that are made of Flax's batch norm."""
+"""Uses jaxbn's batch norm in models that are built with Flax's."""
 
 import dataclasses
 import inspect
@@ -13,38 +13,38 @@ import jax
 from jaxbn._flax import fields
 from jaxbn.linen._batch_norm import BatchNorm
 
-# What the call says, and what decides which variables there are.
+# Fields that the call sets, or that determine the variables.
 FIXED = {"parent", "name", "use_running_average", "use_bias", "use_scale"}
 FIXED |= {"param_dtype", "bias_init", "scale_init"}
 FIELDS = {f.name for f in dataclasses.fields(BatchNorm)} - FIXED
 
-# The overrides in force, or None. JAX traces anew what it has traced under others.
+# The overrides in force, or None. JAX retraces functions when they change.
 _overrides = jax.make_user_context(None)
 
 
 def replacing(**overrides: Any) -> "Context":
-    """A context in which every `flax.linen.BatchNorm` computes as jaxbn's.
+    """A context in which every `flax.linen.BatchNorm` computes like jaxbn's.
 
-    Paths, variables and initial values stay those of the model, a third party's
-    included. It holds for `init` and `apply`, under Flax's and JAX's transforms, and
-    only while they trace: what `jax.jit` has traced outside is traced anew inside, and
-    back. Other interceptors of `nn.intercept_methods` must be entered before it; those
-    that are entered inside do not see the calls of batch norms.
+    The model keeps its paths, variables and initial values; third-party models work
+    too. It applies to `init` and `apply`, under Flax's and JAX's transforms, and only
+    while they trace: a function that `jax.jit` has traced outside is retraced inside,
+    and vice versa. Enter other interceptors of `nn.intercept_methods` before it;
+    interceptors entered inside do not see the calls of batch norms.
 
     Args:
-      **overrides: Fields of `jaxbn.linen.BatchNorm` that take precedence over those of
-        the model's layers: `axis_name="data"`, `use_fast_variance=False`. They must be
-        hashable. Layers that are `jaxbn.linen.BatchNorm` already take them as well;
-        jaxbn's other layers do not. In a context inside another one both hold, and the
-        inner one takes precedence.
+      **overrides: Fields of `jaxbn.linen.BatchNorm` that take precedence over the
+        fields of the model's layers: `axis_name="data"`, `use_fast_variance=False`.
+        They must be hashable. They also apply to layers that already are
+        `jaxbn.linen.BatchNorm`, but not to jaxbn's other layers. In nested contexts
+        both apply, and the inner one takes precedence.
 
     Returns:
       A context manager.
 
     Raises:
-      TypeError: `overrides` has what is no field or is not hashable, or what a layer
-        cannot change without changing its variables. While tracing: a layer is of a
-        subclass of Flax's that is not known here, which may compute something else.
+      TypeError: `overrides` has an entry that is not a field, is not hashable, or
+        cannot change without changing a layer's variables. While tracing: a layer
+        belongs to an unknown subclass of Flax's, which may compute something else.
 
     Example:
       >>> import flax.linen as nn, jax, jaxbn, jax.numpy as jnp
@@ -64,23 +64,23 @@ def replacing(**overrides: Any) -> "Context":
 
 
 def replace_batch_norm(module: nn.Module, **overrides: Any) -> nn.Module:
-    """A model in which every `flax.linen.BatchNorm` computes as jaxbn's.
+    """A model in which every `flax.linen.BatchNorm` computes like jaxbn's.
 
-    It wraps a model, stands in its place, and calls it inside `replacing`, so that
-    nothing else is to be changed: not where it is initialized, jitted or called.
+    It wraps a model and calls it inside `replacing`, so no other code needs to change:
+    neither initialization nor `jit` nor calls.
 
     Args:
-      module: A model, made outside or inside another module; not one that `bind`
-        returned. A submodule that is also used outside of it is another one there.
+      module: A model, made outside or inside another module, but not returned by
+        `bind`. A submodule that is also used outside of it is a separate module there.
       **overrides: As for `replacing`.
 
     Returns:
-      A module with the call, the methods and the fields of `module`, whose variables
-      are at the paths where `module` has them: it takes the same checkpoints. Methods
-      are called by name (`apply(..., method="encode")`), as its own, or as the class's.
+      A module with the call, the methods and the fields of `module`, and with variables
+      at the same paths, so it takes the same checkpoints. Methods can be called by name
+      (`apply(..., method="encode")`), on the module itself, or through the class.
 
     Raises:
-      TypeError: `module` is no linen module, or as for `replacing`.
+      TypeError: `module` is not a linen module, or as for `replacing`.
       ValueError: `module` is bound to variables.
 
     Example:
@@ -111,14 +111,14 @@ def replace_batch_norm(module: nn.Module, **overrides: Any) -> nn.Module:
 
 
 class Context:
-    """Holds the interceptor and the overrides in force, each time it is entered."""
+    """Puts the interceptor and the overrides in force each time it is entered."""
 
     def __init__(self, overrides: tuple):
         self.overrides = overrides
         self.entered: list[ExitStack] = []
 
     def __enter__(self) -> None:
-        """Adds the overrides to those in force."""
+        """Adds its overrides to the overrides in force."""
         merged = dict(_overrides.value or ()) | dict(self.overrides)
         with ExitStack() as stack:
             stack.enter_context(_overrides(tuple(sorted(merged.items()))))
@@ -126,12 +126,12 @@ class Context:
             self.entered.append(stack.pop_all())
 
     def __exit__(self, *error: Any) -> None:
-        """Puts back those of before."""
+        """Restores the previous overrides."""
         self.entered.pop().__exit__(*error)
 
 
 class Unbound:
-    """A module that Flax is not to take for a child of the module that holds it."""
+    """Hides a module, so Flax does not make it a child of the module that holds it."""
 
     def __init__(self, module: nn.Module):
         self.module = module
@@ -149,8 +149,8 @@ class Unbound:
 class Replaced(nn.Module):
     """A module that calls another one, in its own scope, inside `replacing`.
 
-    `nn.share_scope` would put the variables of the other one in this scope, but leave
-    the keys and the paths of a child to what is inside it.
+    `nn.share_scope` would put the variables of the other one in this scope, but modules
+    inside would still have the keys and paths of a child.
     """
 
     module: nn.Module | Unbound
@@ -174,17 +174,17 @@ class Replaced(nn.Module):
 
     @nn.nowrap
     def _call_wrapped_method(self, fun, args, kwargs):
-        """A method of the module's class that was called with this one for `self`.
+        """Calls a method of the module's class that got this module as `self`.
 
-        So does `apply(..., method=Model.encode)`.
+        This is how `apply(..., method=Model.encode)` calls it.
         """
-        if fun.__name__ == "setup":  # This one's own.
+        if fun.__name__ == "setup":  # This module's own.
             return super()._call_wrapped_method(fun, args, kwargs)
         return self._call_method(fun.__name__, *args, **kwargs)
 
     @nn.nowrap
     def __getattr__(self, name: str) -> Any:
-        """Methods and fields of the module, which for submodules would be Flax's."""
+        """Methods and fields of the module; for submodules, Flax's own lookup."""
         inner = vars(self).get("module")
         inner = inner.module if isinstance(inner, Unbound) else inner
         value = inspect.getattr_static(inner, name, inner)
@@ -218,15 +218,15 @@ def _intercept(call, args, kwargs, context) -> Any:
 
 
 def _called(module: Any, x: Any, use_running_average=None, *, mask=None) -> Any:
-    """`BatchNorm.__call__`, of which Flax is already inside."""
+    """`BatchNorm.__call__`, when Flax is already inside the call."""
     return module._run(x, use_running_average, mask)
 
 
 @contextmanager
 def _lent(module: nn.Module, kind: type, overrides: Mapping[str, Any]) -> Iterator:
-    """Makes the module one of another class and other fields, for a call.
+    """Changes the class and fields of the module for the duration of a call.
 
-    It stays the module that Flax has bound to its scope and called.
+    It remains the module that Flax has bound to its scope and called.
     """
     kept = {name: vars(module)[name] for name in overrides if name in vars(module)}
     own = type(module)

@@ -1,4 +1,4 @@
-"""The variants of batch norm as linen modules: fields of their own, and their layer."""
+"""The variants of batch norm as linen modules: their own fields, and their layer."""
 
 import dataclasses
 from typing import Any
@@ -15,18 +15,18 @@ from jaxbn.linen._adapter import Variant
 
 
 class GhostBatchNorm(Variant):
-    """Ghost batch norm: groups of examples, normalized each by its own statistics.
+    """Ghost batch norm: each group of examples is normalized by its own statistics.
 
-    It computes what `jaxbn.layers.ghost` does. While it is initialized, all examples
-    are one group, so that a batch of any size will do.
+    It computes the same as `jaxbn.layers.ghost`. During initialization, all examples
+    form one group, so a batch of any size will do.
 
     Attributes:
-      group_size: How many examples a group has. Give this or `num_groups`.
-      num_groups: How many groups the batch, over all devices, is divided into.
-      strided: Deal examples out in turn, instead of making groups of neighbours.
-      update_per_group: Move the statistics by each group in turn, not by all pooled.
-      use_fast_variance: Pass the running mean as `shift`.
-      unbiased: Track the variance times n/(n − 1).
+      group_size: The number of examples per group. Give this or `num_groups`.
+      num_groups: The number of groups that the batch, over all devices, is split into.
+      strided: Whether to alternate between groups, instead of grouping neighbors.
+      update_per_group: Whether to update with each group in turn, not with all pooled.
+      use_fast_variance: Whether to pass the running mean as `shift`.
+      unbiased: Whether to track the variance times n/(n − 1).
       derivatives: "vjp" or "jvp", as for `jaxbn.batch_norm`.
       (others): As in `flax.linen.BatchNorm`.
 
@@ -63,15 +63,15 @@ class GhostBatchNorm(Variant):
 class BatchRenorm(Variant):
     """Batch renormalization: batch norm, corrected towards the running statistics.
 
-    It computes what `jaxbn.layers.renorm` does. `batch_stats` has "mean" and "std", and
-    "step" if `momentum`, `r_max` or `d_max` is a function of it.
+    It computes the same as `jaxbn.layers.renorm`. `batch_stats` has "mean" and "std",
+    and "step" if `momentum`, `r_max` or `d_max` is a function of it.
 
     Attributes:
       r_max: The largest factor between the batch's standard deviation and the running
         one, at least 1; or a function of the step.
       d_max: The largest distance of the means in standard deviations; or a function of
         the step.
-      use_fast_variance: Pass the running mean as `shift`.
+      use_fast_variance: Whether to pass the running mean as `shift`.
       axis_index_groups: Groups of indices of `axis_name`.
       derivatives: "vjp" or "jvp", as for `jaxbn.batch_norm`.
       (others): As in `flax.linen.BatchNorm`.
@@ -103,16 +103,16 @@ class BatchRenorm(Variant):
 
 
 class DomainBatchNorm(Variant):
-    """Domain-specific batch norm: statistics for each of several kinds of examples.
+    """Domain-specific batch norm: every domain has its own statistics.
 
-    It computes what `jaxbn.layers.domain` does; its variables have a first axis of
-    domains.
+    It computes the same as `jaxbn.layers.domain`; its variables have a leading domain
+    axis.
 
     Attributes:
-      num_domains: How many domains there are.
+      num_domains: The number of domains.
       shared_affine: Whether the domains share scale and bias.
-      use_fast_variance: Pass each domain's running mean as `shift`.
-      unbiased: Track the variance times n/(n − 1).
+      use_fast_variance: Whether to pass each domain's running mean as `shift`.
+      unbiased: Whether to track the variance times n/(n − 1).
       (others): As in `flax.linen.BatchNorm`.
 
     Example:
@@ -152,14 +152,14 @@ class DomainBatchNorm(Variant):
 class ConditionalBatchNorm(Variant):
     """Conditional batch norm: scale and bias that depend on the example.
 
-    It computes what `jaxbn.layers.conditional` does.
+    It computes the same as `jaxbn.layers.conditional`.
 
     Attributes:
-      num_classes: How many classes there are. Give this or `embedding_size`.
-      embedding_size: The length of embeddings.
+      num_classes: The number of classes. Give this or `embedding_size`.
+      embedding_size: The length of the embeddings.
       kernel_init: Initializer of "scale_kernel" and "bias_kernel", for embeddings.
-      use_fast_variance: Pass the running mean as `shift`.
-      unbiased: Track the variance times n/(n − 1).
+      use_fast_variance: Whether to pass the running mean as `shift`.
+      unbiased: Whether to track the variance times n/(n − 1).
       axis_index_groups: Groups of indices of `axis_name`.
       (others): As in `flax.linen.BatchNorm`.
 
@@ -191,7 +191,7 @@ class ConditionalBatchNorm(Variant):
         condition: ArrayLike,
         mask: ArrayLike | None = None,
     ) -> jax.Array:
-        """Normalizes `x`; `condition` is a class or an embedding for each example."""
+        """Normalizes `x`; `condition` is a class or an embedding per example."""
         return self._run(x, use_running_average, mask, condition=condition)
 
     @nn.nowrap
@@ -200,9 +200,9 @@ class ConditionalBatchNorm(Variant):
 
 
 class StreamingBatchNorm(Variant):
-    """Batch norm by the running statistics also in training, for the smallest batches.
+    """Batch norm by running statistics even in training, for the smallest batches.
 
-    It computes what `jaxbn.layers.streaming` does. `batch_stats` always has a `step`.
+    It computes the same as `jaxbn.layers.streaming`. `batch_stats` always has a `step`.
 
     Attributes:
       momentum: The weight of the old statistics: a number, which is debiased, or a
@@ -229,19 +229,19 @@ class StreamingBatchNorm(Variant):
 
     @nn.nowrap
     def _keeps_step(self) -> bool:
-        return True  # Debiasing is a function of it, whatever `momentum` is.
+        return True  # Debiasing always needs it, even for a constant `momentum`.
 
 
 class InPlaceBatchNorm(Variant):
-    """Batch norm and an activation, of which the backward pass keeps only the output.
+    """Batch norm and an activation, keeping only the output for the backward pass.
 
-    It computes what `jaxbn.layers.in_place` does; when not to use it is said there.
+    It computes the same as `jaxbn.layers.in_place`, which says when not to use it.
 
     Attributes:
       activation: "leaky_relu", "elu" or "identity".
       negative_slope: The slope of leaky ReLU below 0.
-      use_fast_variance: Pass the running mean as `shift`.
-      unbiased: Track the variance times n/(n − 1).
+      use_fast_variance: Whether to pass the running mean as `shift`.
+      unbiased: Whether to track the variance times n/(n − 1).
       axis_index_groups: Groups of indices of `axis_name`.
       (others): As in `flax.linen.BatchNorm`.
 

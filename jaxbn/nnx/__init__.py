@@ -1,4 +1,4 @@
-"""Flax NNX modules: they hold the variables and call `jaxbn.layers`."""
+"""Flax NNX modules, which hold the variables and call `jaxbn.layers`."""
 
 from jaxbn.nnx._adapter import BatchMoments as BatchMoments
 from jaxbn.nnx._batch_norm import BatchNorm as BatchNorm

@@ -1,4 +1,4 @@
-"""From a layer to an nnx module: where its parameters and statistics live."""
+"""Makes nnx modules from layers: stores their parameters and statistics."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -51,9 +51,9 @@ class Common(TypedDict, total=False):
 
 
 class BatchMoments(nnx.BatchStat):
-    """Moments of batches, and what else belongs to a window of micro-batches.
+    """Moments of batches, and the other arrays of a window of micro-batches.
 
-    The arrays of `layer.batch_moments`: mean, var and count of what was seen since the
+    The arrays of `layer.batch_moments`: mean, var and count of the data since the
     window was opened, and the statistics at its start.
 
     Example:
@@ -75,12 +75,12 @@ def stats_dtype(param_dtype: Dtype) -> Dtype:
 
 
 def recorder(record: dict[str, jax.Array]) -> nnx.Dict:
-    """Variables for what is recorded."""
+    """Variables for a record."""
     return nnx.Dict({name: BatchMoments(value) for name, value in record.items()})
 
 
 def statistics(module: Any) -> dict[str, nnx.Variable]:
-    """The running statistics of a module, by their names."""
+    """The running statistics of a module, by name."""
     found = {name: getattr(module, name, None) for name in STATISTICS}
     return {name: v for name, v in found.items() if v is not None}
 
@@ -91,7 +91,7 @@ def arrays(variables: Mapping[str, nnx.Variable]) -> dict[str, jax.Array]:
 
 
 class Adapter(nnx.Module):
-    """Holds the variables of a layer and calls it: a base of every nnx batch norm."""
+    """Holds the variables of a layer and calls it: the base of every nnx batch norm."""
 
     axis: _axes.Axes
     momentum: Momentum
@@ -118,12 +118,12 @@ class Adapter(nnx.Module):
         Args:
           x: The input.
           use_running_average: Inference if True, training if False; takes precedence
-            over the constructor's, `train()` and `eval()`.
-          mask: Boolean mask or non-negative weights that broadcast against `x`: which
-            positions the statistics are of.
+            over the constructor, `train()` and `eval()`.
+          mask: Boolean mask or non-negative weights that broadcast against `x`: the
+            positions that the statistics use.
 
         Returns:
-          An array of the shape of `x`.
+          An array with the shape of `x`.
         """
         return self._run(x, use_running_average, mask)
 
@@ -134,11 +134,11 @@ class Adapter(nnx.Module):
         )
 
     def _keeps_step(self) -> bool:
-        """Whether something is a function of the step, which then is kept."""
+        """Whether the module keeps a step count, because an option depends on it."""
         return callable(self.momentum)
 
     def _operands(self, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array], Any]:
-        """The input and the parameters as the layer takes them, and its dtype."""
+        """The input and the parameters for the layer, and its output dtype."""
         params = {name: getattr(self, name)[...] for name in self._params}
         x = fields.like_mean(x, self.mean[...], COMPLEX)
         return x, params, fields.output_dtype(x, *params.values(), dtype=self.dtype)
@@ -150,7 +150,7 @@ class Adapter(nnx.Module):
         mask: ArrayLike | None,
         **inputs: Any,
     ) -> jax.Array:
-        """What `__call__` does."""
+        """Implements `__call__`."""
         training, stats = self._is_training(use_running_average), statistics(self)
         if callable(self.momentum) and "step" not in stats:
             raise ValueError(fields.LATE_MOMENTUM)
@@ -182,7 +182,7 @@ class Adapter(nnx.Module):
         return y
 
     def _is_training(self, use_running_average: bool | None) -> bool:
-        """Whether a call normalizes by the batch; a measurement has decided already."""
+        """Whether a call normalizes by the batch; already decided in a measurement."""
         own, record = self.use_running_average, self.batch_moments
         if record is None or recording.is_window(record):
             own = first_from(use_running_average, own, error_msg=NOT_GIVEN)
@@ -198,7 +198,7 @@ class Adapter(nnx.Module):
         return record if training and self.accumulate else None
 
     def _open_window(self) -> None:
-        """Makes the variables of a window, if there is to be one."""
+        """Makes the variables of a window, if `accumulate`."""
         self.batch_moments = nnx.data(None)
         if self.accumulate:
             stats = arrays(statistics(self))
@@ -208,18 +208,18 @@ class Adapter(nnx.Module):
 class Variant(Adapter):
     """The arguments of every variant, as in `flax.nnx.BatchNorm`.
 
-    Variables are `nnx.Param` (scale, bias) and `nnx.BatchStat` (mean, var, and step
-    where something is a function of it).
+    Variables are `nnx.Param` (scale, bias) and `nnx.BatchStat` (mean, var, and step if
+    an option is a function of it).
 
     Args:
-      num_features: The number of features; a tuple where `axis` is one.
+      num_features: The number of features; a tuple if `axis` is one.
       use_running_average: Inference if True, training if False.
       axis: The feature axis or axes of the input.
       momentum: Weight of the old statistics: a number, an array, or a function of the
         number of updates.
       epsilon: Added to the variance.
-      dtype: The output's dtype; by default that of input and parameters together.
-      param_dtype: The dtype of the parameters. If complex, the running mean is so too.
+      dtype: The output's dtype; by default promoted from input and parameters.
+      param_dtype: The dtype of the parameters. If complex, the running mean is too.
       use_bias: Whether there is a bias.
       use_scale: Whether there is a scale.
       bias_init: Initializer of the bias.
@@ -273,6 +273,6 @@ class Variant(Adapter):
         self._open_window()
 
     def set_view(self, use_running_average: bool | None = None):
-        """Lets `nnx.view` set `use_running_average`; None leaves it as it is."""
+        """Lets `nnx.view` set `use_running_average`; None leaves it unchanged."""
         if use_running_average is not None:
             self.use_running_average = use_running_average

@@ -1,4 +1,4 @@
-"""`flax.nnx.BatchNorm` on jaxbn's verbs."""
+"""`flax.nnx.BatchNorm`, computed by jaxbn."""
 
 from collections.abc import Mapping
 from math import prod
@@ -21,53 +21,53 @@ from jaxbn.nnx._adapter import COMPLEX, Adapter, stats_dtype
 class BatchNorm(Adapter, nnx.BatchNorm):
     """`flax.nnx.BatchNorm` with exact statistics and hand-written derivatives.
 
-    Takes the place of Flax's class by changing one import: same arguments and defaults,
-    same variables (`nnx.Param`: scale, bias; `nnx.BatchStat`: mean, var), initial
-    values and output dtype. It computes what `jaxbn.layers.standard` does.
+    A drop-in replacement for Flax's class: same arguments and defaults, same variables
+    (`nnx.Param`: scale, bias; `nnx.BatchStat`: mean, var), initial values and output
+    dtype. It computes the same as `jaxbn.layers.standard`.
 
         training:   y, m = batch_norm(x, scale, bias);  mean, var = update(..., m)
         inference:  y = normalize(x, mean, var, scale, bias)
 
-    Where it differs from Flax's: statistics over devices weigh every example alike,
-    also under masks; a mask may be integers or float weights; NaN under the mask and an
-    empty mask do no harm; `dtype` rounds `x`, scale and bias, but neither the running
-    statistics nor those of the batch; there may be several feature axes. With
-    `axis_name`, the running mean must be the same on every device.
+    Differences from Flax: statistics over devices weigh every example equally, even
+    with masks; a mask may be integers or float weights; NaN under the mask and an empty
+    mask do no harm; `dtype` rounds `x`, scale and bias, but neither running nor batch
+    statistics; there may be several feature axes. With `axis_name`, the running mean
+    must be the same on every device.
 
     Args:
-      num_features: The number of features; a tuple where `axis` is one, the lengths of
-        these axes in ascending order.
+      num_features: The number of features; if `axis` is a tuple, a tuple of the lengths
+        of these axes in ascending order.
       axis: The feature axis or axes of the input.
       momentum: Weight of the old statistics. May also be a function of the number of
         updates (`jaxbn.debiased(0.99)`, an optax schedule); then there is a further
         `nnx.BatchStat`, `step`.
       use_fast_variance: True (Flax's default) passes the running mean as `shift`, which
-        reads `x` once and is as exact as the running mean is near. False is exact from
+        reads `x` once; the nearer the running mean, the more exact. False is exact from
         the first step.
-      param_dtype: That of scale and bias. If complex, the running mean is so too.
+      param_dtype: The dtype of scale and bias. If complex, the running mean is too.
       promote_dtype: Called with `(x, mean, var, scale, bias)` and `dtype`, as in Flax;
-        what it makes of mean and var is not used.
-      unbiased: Track the variance times n/(n − 1).
+        the mean and var that it returns are not used.
+      unbiased: Whether to track the variance times n/(n − 1).
       derivatives: "vjp" or "jvp", as for `jaxbn.batch_norm`.
-      implementation: What computes the sums of a batch, as for `jaxbn.moments`: None,
-        "xla" or "native".
+      implementation: How the sums of a batch are computed, as for `jaxbn.moments`:
+        None, "xla" or "native".
       example_weight: Weight of an example's own moments at inference, as for
         `jaxbn.layers.standard`.
-      pseudo_samples: How many examples the running statistics count as at inference,
-        beside those of the batch; None leaves the batch out. As for
+      pseudo_samples: The number of examples that the running statistics count as at
+        inference, relative to the batch; None ignores the batch. As for
         `jaxbn.layers.standard`.
-      accumulate: Make one step of the statistics for several micro-batches, equal to
-        that of all of them in one batch, until `jaxbn.nnx.end_accumulation`. A layer
-        that is called twice in a pass takes both inputs for one batch. The window's
-        pooled moments and the statistics at its start are the variables
-        `batch_moments`, of type `BatchMoments`, a kind of `nnx.BatchStat`.
+      accumulate: Whether several micro-batches make a single step of the statistics,
+        the same as for all of them in one batch, until `jaxbn.nnx.end_accumulation`. If
+        a layer is called twice in a pass, both inputs count as one batch. The variables
+        `batch_moments`, of type `BatchMoments`, a kind of `nnx.BatchStat`, hold the
+        window's pooled moments and the statistics at its start.
       (others): As in `flax.nnx.BatchNorm`.
 
     Raises:
       TypeError: `num_features` are not integers. In a call: `x` is complex and the
         running mean is not.
-      ValueError: In a call: `use_running_average` is None both times, `x` has other
-        features than `num_features`, or as for `jaxbn.batch_norm`.
+      ValueError: In a call: `use_running_average` is None both times, the features of
+        `x` do not match `num_features`, or as for `jaxbn.batch_norm`.
 
     Example:
       >>> import jaxbn, jax.numpy as jnp
@@ -147,7 +147,7 @@ class BatchNorm(Adapter, nnx.BatchNorm):
         stats = init_stats(features, dtype=stats_dtype(param_dtype))
         self.mean, self.var = nnx.BatchStat(stats.mean), nnx.BatchStat(stats.var)
         self.step = nnx.BatchStat(stats.step) if callable(momentum) else nnx.data(None)
-        self._layer()  # Refuses wrong options.
+        self._layer()  # Raises for wrong options.
         self._open_window()
 
     def _layer(self, **given: Any) -> layers.Layer:
@@ -155,16 +155,16 @@ class BatchNorm(Adapter, nnx.BatchNorm):
         return fields.layer(layers.standard, self, **own, **given)
 
     def _operands(self, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array], Any]:
-        """x, scale and bias as `promote_dtype` has them, and the output's dtype."""
+        """x, scale and bias, cast by `promote_dtype`, and the output's dtype."""
         x = fields.like_mean(x, self.mean[...], COMPLEX)
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]
         given = (x, self.mean[...], self.var[...], scale, bias)
-        with jax.numpy_dtype_promotion("standard"):  # As Flax' function is made for.
+        with jax.numpy_dtype_promotion("standard"):  # As Flax's function expects.
             cast_x, _, _, scale, bias = self.promote_dtype(given, dtype=self.dtype)
         dtype = fields.output_dtype(cast_x, scale, bias, dtype=self.dtype)
-        # Flax's own function only widens x where `dtype` is None. The verbs widen by
-        # themselves, and keep x for the backward pass as it came.
+        # Flax's own function only widens x if `dtype` is None. jaxbn widens x itself,
+        # and keeps the original x for the backward pass.
         if self.promote_dtype is promote_dtype and self.dtype is None:
             cast_x = x
         cast_x = fields.like_mean(cast_x, self.mean[...], COMPLEX)

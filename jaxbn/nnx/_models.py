@@ -1,4 +1,4 @@
-"""The statistics of an nnx model: taken out, measured, put back; windows closed."""
+"""Reads, measures and writes the statistics of an nnx model, and closes windows."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -14,15 +14,15 @@ from jaxbn.nnx._adapter import Adapter, arrays, recorder, statistics
 
 
 def running_stats(model: nnx.Module) -> dict[str, RunningStats]:
-    """The running statistics of every batch norm of a model.
+    """The running statistics of every batch norm in a model.
 
     Args:
-      model: A model with batch norms of `jaxbn.nnx`, or one of these.
+      model: A model with batch norms of `jaxbn.nnx`, or such a batch norm itself.
 
     Returns:
       A dict from the path of a layer, such as "blocks/0/norm", to its `RunningStats`.
-      For `BatchRenorm`, `var` is the square of its `std`; `step` is 0 where the layer
-      keeps none.
+      For `BatchRenorm`, `var` is the square of its `std`; `step` is 0 if the layer does
+      not keep one.
 
     Raises:
       ValueError: There is no such layer.
@@ -45,20 +45,21 @@ def running_stats(model: nnx.Module) -> dict[str, RunningStats]:
 
 
 def load_stats(model: nnx.Module, stats: Mapping[str, RunningStats]) -> None:
-    """Gives a model other running statistics: the inverse of `running_stats`.
+    """Replaces the running statistics of a model: the inverse of `running_stats`.
 
     Args:
       model: A model with batch norms of `jaxbn.nnx`; its variables are changed.
-      stats: A `RunningStats` for every batch norm, by its path, as `recalibrate`,
-        `adapt` and `running_stats` return them.
+      stats: A dict from the path of every batch norm to its `RunningStats`, as returned
+        by `recalibrate`, `adapt` and `running_stats`.
 
     Returns:
-      Nothing. Variables keep their dtypes. A layer's `step` does not go back, so that
-      schedules go on; windows of `accumulate` are closed.
+      Nothing. Variables keep their dtypes. A layer's `step` never goes back, so
+      schedules continue; windows of `accumulate` are closed.
 
     Raises:
-      TypeError: A value is no `RunningStats`.
-      ValueError: Layers are missing, unknown, or have other features, or there is none.
+      TypeError: A value is not a `RunningStats`.
+      ValueError: Layers are missing, unknown, or have different features, or the model
+        has none.
 
     Example:
       >>> import jaxbn, jax.numpy as jnp
@@ -94,28 +95,28 @@ def moments_fn(
     method: Callable[..., Any] | None = None,
     **call: Any,
 ) -> Callable[[Any], dict[str, Moments]]:
-    """A function that measures what every batch norm of a model sees of a batch.
+    """Makes a function that measures the input moments of every batch norm in a model.
 
-    It runs `model(batch, **call)` on a copy, and leaves the model as it is. The copy's
-    random streams go on from call to call, as the model's would: every batch has
-    another dropout mask. Inside a function that JAX traces (`jax.jit`, `jax.lax.scan`)
-    they stay where they are.
+    It runs `model(batch, **call)` on a copy, and does not change the model. The copy's
+    random streams advance from call to call, like the model's would, so every batch
+    gets a new dropout mask. Inside a function that JAX traces (`jax.jit`,
+    `jax.lax.scan`) they do not advance.
 
     Args:
-      model: A model with batch norms of `jaxbn.nnx`, as it is now: the function keeps
-        its variables.
-      training: True has layers normalized by the batch, as Precise BN and AdaBN want
-        it; False by the running statistics, as for `drift`. It is so whatever the
-        model passes to its batch norms, and concerns nothing but these.
-      method: `method(model, batch, **call)` is run instead, where a batch is not the
-        model's first argument: `lambda model, b: model(b["image"])`.
-      **call: What the model takes besides. Arrays may be traced; for other values the
-        function is compiled.
+      model: A model with batch norms of `jaxbn.nnx`. The function keeps its current
+        variables.
+      training: True normalizes by the batch, as needed for Precise BN and AdaBN; False
+        by the running statistics, as needed for `drift`. This overrides the arguments
+        that the model passes to its batch norms, and affects only batch norms.
+      method: If given, `method(model, batch, **call)` is run instead, for models whose
+        first argument is not a batch: `lambda model, b: model(b["image"])`.
+      **call: Further arguments of the model. Arrays may be traced; other values are
+        static.
 
     Returns:
-      `f(batch)`, compiled, that returns a dict from the path of a layer to its
-      `Moments`: exact ones, taken in two passes. A layer that is called several times
-      has the moments of all its inputs together; one that is not called, count 0.
+      `f(batch)`, compiled, that returns a dict from the path of a layer to its exact
+      `Moments`, computed in two passes. A layer that is called several times has the
+      moments of all its inputs together; a layer that is not called has count 0.
 
     Raises:
       ValueError: The model has no batch norm of `jaxbn.nnx`.
@@ -133,7 +134,7 @@ def moments_fn(
     """
     _layers_of(model)
     graphdef, state = nnx.split(model)
-    state = jax.tree.map(lambda leaf: leaf, state)  # Not what the model changes later.
+    state = jax.tree.map(lambda leaf: leaf, state)  # Not changed with the model.
     static, traced = calls.static_and_traced(call)
     own = nnx.merge(graphdef, state), calls.together(static, traced)
     measure = calls.compiled(_measure, graphdef, training, method, static)
@@ -158,7 +159,7 @@ def _measure(
     layers = _layers_of(model)
     for layer in layers.values():
         layer.use_running_average = not training
-        layer.use_fast_variance = False  # Measured in two passes, whatever it does.
+        layer.use_fast_variance = False  # Measured in two passes.
         layer.accumulate = False
         layer.batch_moments = recorder(recording.empty(layer.mean[...]))
     if method is None:
@@ -173,16 +174,16 @@ def _measure(
 
 
 def _streams_of(model: nnx.Module, call: dict[str, Any]) -> list[nnx.RngState]:
-    """The variables of random streams: a model's, and those that it is called with."""
+    """The variables of random streams in a model and in its arguments."""
     nodes = (node for _, node in nnx.iter_graph([model, call]))
     return [node for node in nodes if isinstance(node, nnx.RngState)]
 
 
 def end_accumulation(model: nnx.Module) -> None:
-    """Closes the windows of all layers with `accumulate`: the step is done.
+    """Closes the windows of all layers with `accumulate`, when the step is done.
 
-    The statistics of the window, which are those of all its micro-batches in one batch,
-    are where the next window starts from.
+    The next window starts from the statistics of this one, which are the same as for
+    all its micro-batches in one batch.
 
     Args:
       model: A model with batch norms that have `accumulate=True`; its variables are
@@ -220,7 +221,7 @@ def end_accumulation(model: nnx.Module) -> None:
 
 
 def _layers_of(model: nnx.Module) -> dict[str, Any]:
-    """The batch norms, by their paths."""
+    """The batch norms, by path."""
     layers = {
         "/".join(map(str, path)): module
         for path, module in nnx.iter_modules(model)

@@ -1,4 +1,4 @@
-"""jaxbn's batch norm in models that are made of Flax's."""
+"""Uses jaxbn's batch norm in models that are built with Flax's."""
 
 import inspect
 from collections.abc import Iterator
@@ -15,42 +15,42 @@ from jaxbn.nnx._batch_norm import BatchNorm
 
 VARIABLES = ("mean", "var", "scale", "bias", "step")
 OPTIONS = set(inspect.signature(BatchNorm.__init__).parameters) - {"self", "rngs"}
-# What the variables of a layer were made by.
+# The options that determine the variables of a layer.
 MADE = {"num_features", "param_dtype", "use_bias", "use_scale", "bias_init"}
 MADE |= {"scale_init", "bias_metadata", "scale_metadata"}
 
-# Marks of the replacements of each layer that are not undone, the last one at the end.
-# (Not the replacements themselves, which hold the model.)
+# Marks of the replacements in force for each layer, the latest at the end. (Not the
+# replacements themselves, which hold the model.)
 _in_force: WeakKeyDictionary[Any, list[object]] = WeakKeyDictionary()
 
 
 def replace_batch_norm(model: nnx.Module, **overrides: Any) -> "Replacement":
     """Turns every `flax.nnx.BatchNorm` of a model into jaxbn's, in place.
 
-    As a call it lasts; as a context manager it is undone at the end. The layers stay
-    the same objects with the same variables, shared ones shared, so that optimizers and
-    other references to them hold. What is set to another value meanwhile, as by
-    `train()` and `eval()`, stays so after undoing. Not for inside of `nnx.jit`, which
-    lets no node change its class.
+    A plain call lasts; a context manager undoes it at the end. The layers remain the
+    same objects with the same variables, and shared layers remain shared, so optimizers
+    and other references to them stay valid. Attributes changed in the meantime, for
+    example by `train()` and `eval()`, keep their values after undoing. Not for use
+    inside `nnx.jit`, which does not let nodes change their class.
 
     Args:
       model: An nnx module.
-      **overrides: Arguments of `jaxbn.nnx.BatchNorm` that take precedence over those of
-        the model's layers: `axis_name="data"`, `use_fast_variance=False`. Layers that
-        are `jaxbn.nnx.BatchNorm` already take them as well; jaxbn's other layers do
-        not. A `momentum` that is a function of the step is for layers that have a
-        `step`.
+      **overrides: Arguments of `jaxbn.nnx.BatchNorm` that take precedence over the
+        arguments of the model's layers: `axis_name="data"`, `use_fast_variance=False`.
+        They also apply to layers that already are `jaxbn.nnx.BatchNorm`, but not to
+        jaxbn's other layers. A `momentum` that is a function of the step needs layers
+        that have a `step`.
 
     Returns:
-      A context manager that gives the model, and undoes the replacement at its end, or
-      by its method `undo()`.
+      A context manager that returns the model, and undoes the replacement at its end,
+      or with its method `undo()`.
 
     Raises:
-      TypeError: `overrides` has what is no argument, or what a layer cannot change
-        after it was made; a layer is of a subclass of Flax's that is not known here,
-        which may compute something else.
+      TypeError: `overrides` has an entry that is not an argument, or that a layer
+        cannot change after it was made; a layer belongs to an unknown subclass of
+        Flax's, which may compute something else.
       ValueError: The model has no batch norm; `momentum` is a function of the step, and
-        a layer has none.
+        a layer has no `step`.
       RuntimeError: In `undo()`: a later replacement of a layer is still in force.
 
     Example:
@@ -79,7 +79,7 @@ def replace_batch_norm(model: nnx.Module, **overrides: Any) -> "Replacement":
 
 
 class Replacement:
-    """Layers that are another class for a while."""
+    """A replacement of layers that can be undone."""
 
     def __init__(self, model: nnx.Module, overrides: dict[str, Any]):
         self.model, self.overrides = model, overrides
@@ -88,7 +88,7 @@ class Replacement:
         self.apply()
 
     def apply(self) -> None:
-        """Turns the layers into jaxbn's."""
+        """Turns the layers into jaxbn's batch norm."""
         layers = dict(_batch_norms(self.model))
         if not layers:
             raise ValueError(
@@ -96,14 +96,14 @@ class Replacement:
                 f"{type(self.model).__name__}. Pass a model that has one, before it is "
                 "split into graph and state."
             )
-        # All are made before the first is changed: an error leaves the model alone.
+        # All are made before the first is changed: an error leaves the model unchanged.
         made = [(n, _made(path, n, self.overrides)) for path, n in layers.items()]
         for node, attributes in made:
             self.turned.append(_turn(node, attributes))
             _in_force.setdefault(node, []).append(self.mark)
 
     def undo(self) -> None:
-        """Turns the layers back into what they were."""
+        """Turns the layers back into Flax's, or restores their options."""
         for node, *_ in self.turned:
             if _in_force[node][-1] is not self.mark:
                 raise RuntimeError(
@@ -116,18 +116,18 @@ class Replacement:
         self.turned = []
 
     def __enter__(self) -> nnx.Module:
-        """The model, replaced again if that was undone."""
+        """Returns the model; replaces its layers again if that was undone."""
         if not self.turned:
             self.apply()
         return self.model
 
     def __exit__(self, *_: object) -> None:
-        """Turns the layers back into what they were."""
+        """Undoes the replacement."""
         self.undo()
 
 
 def _batch_norms(model: nnx.Module) -> Iterator[tuple[str, nnx.BatchNorm]]:
-    """Every batch norm, once, by its path."""
+    """Yields every batch norm once, with its path."""
     for path, node in nnx.iter_graph(model):
         if not isinstance(node, nnx.BatchNorm):
             continue
@@ -142,7 +142,7 @@ def _batch_norms(model: nnx.Module) -> Iterator[tuple[str, nnx.BatchNorm]]:
 
 
 def _made(name: str, node: nnx.BatchNorm, overrides: dict[str, Any]) -> dict[str, Any]:
-    """The attributes that make a `BatchNorm` of `node`, with other options."""
+    """The attributes that turn `node` into a `BatchNorm` with the overrides."""
     own = vars(node)
     given = {option: own[option] for option in OPTIONS if option in own}
     fresh = vars(BatchNorm(**given | overrides, rngs=nnx.Rngs(0)))
@@ -157,14 +157,14 @@ def _made(name: str, node: nnx.BatchNorm, overrides: dict[str, Any]) -> dict[str
     attributes = {key: fresh[key] for key in new if not key.startswith("_pytree__")}
     if fresh["accumulate"] and own.get("batch_moments") is None:
         attributes["batch_moments"] = _window(node)
-    # What nnx takes for variables and arrays.
+    # The attributes that nnx treats as variables and arrays.
     nodes = {key: fresh["_pytree__nodes"].get(key, False) for key in attributes}
     attributes["_pytree__nodes"] = own["_pytree__nodes"].update(nodes)
     return attributes
 
 
 def _window(node: nnx.BatchNorm) -> nnx.Dict:
-    """An empty window, stacked as the layer's statistics are."""
+    """An empty window, stacked like the layer's statistics."""
     stats = arrays(statistics(node))
     features = 1 if isinstance(node.num_features, int) else len(node.num_features)
     stacked = stats["mean"].shape[: stats["mean"].ndim - features]
@@ -175,7 +175,7 @@ def _window(node: nnx.BatchNorm) -> nnx.Dict:
 
 
 def _turn(node: Any, attributes: dict[str, Any]) -> tuple:
-    """Sets class and attributes past nnx, which would keep track of them."""
+    """Sets class and attributes, bypassing nnx, which would track them."""
     old = {key: v for key, v in vars(node).items() if key in attributes}
     kind = type(node)
     if kind is nnx.BatchNorm:
@@ -191,5 +191,5 @@ def _turn_back(node: Any, kind: type, old: dict[str, Any], new: dict[str, Any]) 
         if name not in old:
             vars(node).pop(name, None)
         elif vars(node).get(name) is value or isinstance(value, jax.Array):
-            # (nnx's transforms put other arrays in the place of arrays.)
+            # (nnx's transforms replace arrays by other arrays.)
             object.__setattr__(node, name, old[name])

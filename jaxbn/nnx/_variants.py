@@ -14,18 +14,18 @@ from jaxbn.nnx._adapter import Common, Variant
 
 
 class GhostBatchNorm(Variant):
-    """Ghost batch norm: groups of examples, normalized each by its own statistics.
+    """Ghost batch norm: each group of examples is normalized by its own statistics.
 
-    It computes what `jaxbn.layers.ghost` does.
+    It computes the same as `jaxbn.layers.ghost`.
 
     Args:
-      num_features: The number of features; a tuple where `axis` is one.
-      group_size: How many examples a group has. Give this or `num_groups`.
-      num_groups: How many groups the batch, over all devices, is divided into.
-      strided: Deal examples out in turn, instead of making groups of neighbours.
-      update_per_group: Move the statistics by each group in turn, not by all pooled.
-      use_fast_variance: Pass the running mean as `shift`.
-      unbiased: Track the variance times n/(n − 1).
+      num_features: The number of features; a tuple if `axis` is one.
+      group_size: The number of examples per group. Give this or `num_groups`.
+      num_groups: The number of groups that the batch, over all devices, is split into.
+      strided: Whether to alternate between groups, instead of grouping neighbors.
+      update_per_group: Whether to update with each group in turn, not with all pooled.
+      use_fast_variance: Whether to pass the running mean as `shift`.
+      unbiased: Whether to track the variance times n/(n − 1).
       derivatives: "vjp" or "jvp", as for `jaxbn.batch_norm`.
       rngs: For the initializers.
       **common: As in `flax.nnx.BatchNorm`: use_running_average, axis, momentum,
@@ -74,16 +74,15 @@ class GhostBatchNorm(Variant):
 class BatchRenorm(Variant):
     """Batch renormalization: batch norm, corrected towards the running statistics.
 
-    It computes what `jaxbn.layers.renorm` does. Its statistics are
-    `mean` and `std`.
+    It computes the same as `jaxbn.layers.renorm`. Its statistics are `mean` and `std`.
 
     Args:
-      num_features: The number of features; a tuple where `axis` is one.
+      num_features: The number of features; a tuple if `axis` is one.
       r_max: The largest factor between the batch's standard deviation and the running
         one, at least 1; or a function of the step.
       d_max: The largest distance of the means in standard deviations; or a function of
         the step.
-      use_fast_variance: Pass the running mean as `shift`.
+      use_fast_variance: Whether to pass the running mean as `shift`.
       axis_index_groups: Groups of indices of `axis_name`.
       derivatives: "vjp" or "jvp", as for `jaxbn.batch_norm`.
       rngs: For the initializers.
@@ -130,17 +129,17 @@ class BatchRenorm(Variant):
 
 
 class DomainBatchNorm(Variant):
-    """Domain-specific batch norm: statistics for each of several kinds of examples.
+    """Domain-specific batch norm: every domain has its own statistics.
 
-    It computes what `jaxbn.layers.domain` does. Its variables
-    have a first axis of domains.
+    It computes the same as `jaxbn.layers.domain`; its variables have a leading domain
+    axis.
 
     Args:
-      num_features: The number of features; a tuple where `axis` is one.
-      num_domains: How many domains there are.
+      num_features: The number of features; a tuple if `axis` is one.
+      num_domains: The number of domains.
       shared_affine: Whether the domains share scale and bias.
-      use_fast_variance: Pass the running mean as `shift`.
-      unbiased: Track the variance times n/(n − 1).
+      use_fast_variance: Whether to pass the running mean as `shift`.
+      unbiased: Whether to track the variance times n/(n − 1).
       rngs: For the initializers.
       **common: As in `flax.nnx.BatchNorm`: use_running_average, axis, momentum,
         epsilon, dtype, param_dtype, use_bias, use_scale, bias_init, scale_init and
@@ -193,15 +192,15 @@ class DomainBatchNorm(Variant):
 class ConditionalBatchNorm(Variant):
     """Conditional batch norm: scale and bias that depend on the example.
 
-    It computes what `jaxbn.layers.conditional` does.
+    It computes the same as `jaxbn.layers.conditional`.
 
     Args:
-      num_features: The number of features; a tuple where `axis` is one.
-      num_classes: How many classes there are. Give this or `embedding_size`.
-      embedding_size: The length of embeddings.
+      num_features: The number of features; a tuple if `axis` is one.
+      num_classes: The number of classes. Give this or `embedding_size`.
+      embedding_size: The length of the embeddings.
       kernel_init: Initializer of `scale_kernel` and `bias_kernel`, for embeddings.
-      use_fast_variance: Pass the running mean as `shift`.
-      unbiased: Track the variance times n/(n − 1).
+      use_fast_variance: Whether to pass the running mean as `shift`.
+      unbiased: Whether to track the variance times n/(n − 1).
       axis_index_groups: Groups of indices of `axis_name`.
       rngs: For the initializers.
       **common: As in `flax.nnx.BatchNorm`: use_running_average, axis, momentum,
@@ -249,7 +248,7 @@ class ConditionalBatchNorm(Variant):
         condition: ArrayLike,
         mask: ArrayLike | None = None,
     ) -> jax.Array:
-        """Normalizes `x`; `condition` is a class or an embedding for each example."""
+        """Normalizes `x`; `condition` is a class or an embedding per example."""
         return self._run(x, use_running_average, mask, condition=condition)
 
     def _layer(self, **given: Any) -> layers.Layer:
@@ -257,13 +256,13 @@ class ConditionalBatchNorm(Variant):
 
 
 class StreamingBatchNorm(Variant):
-    """Batch norm by the running statistics also in training, for the smallest batches.
+    """Batch norm by running statistics even in training, for the smallest batches.
 
-    It computes what `jaxbn.layers.streaming` does. It always has a
-    `step`, and a `momentum` that is a number is debiased.
+    It computes the same as `jaxbn.layers.streaming`. It always has a `step`, and a
+    `momentum` that is a number is debiased.
 
     Args:
-      num_features: The number of features; a tuple where `axis` is one.
+      num_features: The number of features; a tuple if `axis` is one.
       axis_index_groups: Groups of indices of `axis_name`.
       rngs: For the initializers.
       **common: As in `flax.nnx.BatchNorm`: use_running_average, axis, momentum,
@@ -297,21 +296,20 @@ class StreamingBatchNorm(Variant):
         return fields.layer(layers.streaming, self, **given)
 
     def _keeps_step(self) -> bool:
-        return True  # Debiasing is a function of it, whatever `momentum` is.
+        return True  # Debiasing always needs it, even for a constant `momentum`.
 
 
 class InPlaceBatchNorm(Variant):
-    """Batch norm and an activation, of which the backward pass keeps only the output.
+    """Batch norm and an activation, keeping only the output for the backward pass.
 
-    It computes what `jaxbn.layers.in_place` does. When not to
-    use it is said there.
+    It computes the same as `jaxbn.layers.in_place`, which says when not to use it.
 
     Args:
-      num_features: The number of features; a tuple where `axis` is one.
+      num_features: The number of features; a tuple if `axis` is one.
       activation: "leaky_relu", "elu" or "identity".
       negative_slope: The slope of leaky ReLU below 0.
-      use_fast_variance: Pass the running mean as `shift`.
-      unbiased: Track the variance times n/(n − 1).
+      use_fast_variance: Whether to pass the running mean as `shift`.
+      unbiased: Whether to track the variance times n/(n − 1).
       axis_index_groups: Groups of indices of `axis_name`.
       rngs: For the initializers.
       **common: As in `flax.nnx.BatchNorm`: use_running_average, axis, momentum,
