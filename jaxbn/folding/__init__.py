@@ -1,7 +1,7 @@
-"""Batch norm at inference folded into the dense layer or convolution beside it.
+"""Folds batch norm at inference into the adjacent dense layer or convolution.
 
 `fold_dense` and `fold_conv` fold one layer, given as arrays. `fold` folds a whole
-inference function and its parameters, and `report` tells what it can and cannot fold.
+inference function and its parameters, and `report` lists what it can and cannot fold.
 """
 
 from jaxbn.folding._conv import fold_conv as fold_conv

@@ -1,4 +1,4 @@
-"""What `fold_dense` and `fold_conv` share: their arguments, checked, and results."""
+"""Shared by `fold_dense` and `fold_conv`: checks of arguments, and results."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ def _results(kernel, bias, wide, wide_bias) -> tuple[jax.Array, jax.Array]:
 
 
 def checked_layer(kernel, bias, position: str) -> tuple[jax.Array, jax.Array | None]:
-    """Kernel and bias as arrays, refused where they cannot be folded into."""
+    """Kernel and bias as arrays; raises if nothing can be folded into them."""
     if position not in ("after", "before"):
         raise ValueError(
             f'`position` must be "after" or "before", got {position!r}: where the '
@@ -48,7 +48,7 @@ def checked_layer(kernel, bias, position: str) -> tuple[jax.Array, jax.Array | N
 
 
 def checked_mean(stats: RunningStats) -> jax.Array:
-    """The mean as an array, refused where there is none."""
+    """The mean as an array; raises if there is none."""
     if not (hasattr(stats, "mean") and hasattr(stats, "var")):
         raise TypeError(
             f"`stats` must have a `mean` and a `var`, got {type(stats).__name__}. Make "
@@ -60,7 +60,7 @@ def checked_mean(stats: RunningStats) -> jax.Array:
 def checked_norm(
     kernel, bias, stats, scale, bn_bias, epsilon, features, position
 ) -> tuple[jax.Array, jax.Array]:
-    """The batch norm as `a·x + c`, in a wide dtype, all its arguments checked."""
+    """The batch norm as `a·x + c`, in a wide dtype, after checking its arguments."""
     given = {"stats.mean": checked_mean(stats), "stats.var": stats.var}
     given |= {"scale": scale, "bn_bias": bn_bias}
     arrays: dict[str, Any] = {}
@@ -86,12 +86,12 @@ def checked_norm(
     }
     mean, var, factor, summand = wide.values()
     if position == "after" and bias is not None:
-        mean = mean - _dtypes.widen(bias, mean)  # x is that much larger.
+        mean = mean - _dtypes.widen(bias, mean)  # x includes the bias.
     return _arithmetic.affine(mean, var, factor, summand, checked_epsilon(epsilon))
 
 
 def require_bias(bias: jax.Array | None, outputs: tuple[int, ...]) -> None:
-    """Refuses a bias that is not one for each output."""
+    """Raises unless the bias has one number per output."""
     if bias is not None and bias.shape != outputs:
         raise ValueError(
             f"`bias` has shape {bias.shape}, expected {outputs}, the outputs of "

@@ -1,4 +1,4 @@
-"""The arithmetic of folding, on arrays that are wide already."""
+"""The arithmetic of folding, on arrays that are already wide."""
 
 from collections.abc import Sequence
 
@@ -23,7 +23,7 @@ def affine(
 
 
 def lay(vector: jax.Array, axes: Sequence[int], ndim: int) -> jax.Array:
-    """`vector` with its axes at `axes`, in any order, of an array of rank `ndim`."""
+    """Expands `vector` to rank `ndim`, with its axes at `axes`, in any order."""
     others = tuple(axis for axis in range(ndim) if axis not in axes)
     return jnp.expand_dims(vector.transpose(np.argsort(axes)), others)
 
@@ -40,21 +40,21 @@ def before(
     axes: Sequence[int],
     summed: Sequence[int],
 ) -> tuple[jax.Array, jax.Array]:
-    """The kernel of `W·(factor·x + offset)`, and what the offset adds to every output.
+    """The kernel of `W·(factor·x + offset)`, and the sum that offset adds to outputs.
 
-    `factor` and `offset` run along `axes` of the kernel; `summed` are those that the
-    layer sums over, which the second result lacks. It is a plain sum, because products
-    of matrices round to bfloat16 on TPUs.
+    `factor` and `offset` run along `axes` of the kernel; the layer sums over `summed`,
+    which the second result lacks. It is a plain sum, because matrix products round to
+    bfloat16 on TPUs.
     """
     added = jnp.sum(kernel * lay(offset, axes, kernel.ndim), tuple(summed))
     return kernel * lay(factor, axes, kernel.ndim), added
 
 
 def per_group(vector: jax.Array, inputs: int, outputs: int) -> jax.Array:
-    """From a vector over all input channels to one over (input, output) of a kernel.
+    """Turns a vector over all input channels into one over a kernel's (input, output).
 
-    A kernel of several groups has `inputs` channels per group, and the outputs of one
-    group beside each other.
+    A kernel with several groups has `inputs` channels per group, and the outputs of
+    each group next to each other.
     """
     groups = vector.size // inputs
     return jnp.repeat(vector.reshape(groups, inputs).T, outputs // groups, axis=1)

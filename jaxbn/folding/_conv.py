@@ -1,4 +1,4 @@
-"""Batch norm folded into a convolution: its kernel and bias, given as arrays."""
+"""Folds batch norm into a convolution's kernel and bias, given as arrays."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -33,40 +33,42 @@ def fold_conv(
         position "after":   W' = W·a along the outputs,  b' = (b − mean)·a + bn_bias
         position "before":  W' = a·W along the inputs,   b' = b + Σ (bn_bias − mean·a)·W
 
-    After the convolution it is exact whatever strides, dilations and padding. Before
-    it, zeros that the convolution puts around or between its inputs are zeros of the
-    normalized values, which no kernel and bias can tell from others near the border:
-    exact only without such zeros, or where bn_bias − mean·a is 0. In float32 it loses
-    digits where |mean| is far above √var, as `fold_dense` says.
+    After the convolution it is exact for any strides, dilations and padding. Before the
+    convolution it is exact only if no zeros are put around or between the inputs, or if
+    bn_bias − mean·a is 0: such zeros are zeros of the normalized values, and no kernel
+    and bias can treat them separately. In float32 it loses digits where |mean| is far
+    above √var, as for `fold_dense`.
 
     Args:
-      kernel: Array, floating or complex, of any number of spatial dimensions.
+      kernel: Array, floating or complex, with any number of spatial dimensions.
       bias: The layer's bias, one number per output channel, or None.
       stats: Running statistics; `mean` and `var` are used, one number per output
         channel for position "after", per input channel for "before".
-      scale: Factor of the batch norm, shaped as `stats.mean`; by default 1.
-      bn_bias: Summand of the batch norm, shaped likewise; by default 0.
-      epsilon: Added to the variance; of the batch norm that is folded.
+      scale: Factor of the batch norm, shaped like `stats.mean`; by default 1.
+      bn_bias: Offset of the batch norm, shaped likewise; by default 0.
+      epsilon: The batch norm's epsilon, added to the variance.
       position: Where the batch norm is: "after" the layer (default) or "before" it.
       dimension_numbers: As for `lax.conv_general_dilated`; only the kernel's part
         matters. By default Flax's layout, `(*spatial, inputs, outputs)`.
-      feature_group_count: Number of groups; for a depthwise convolution, of channels.
-      padding: Of the convolution, needed for position "before" only: "VALID", "SAME",
-        "CAUSAL", an integer, or integers or pairs per spatial dimension as in Flax;
-        also Flax's "CIRCULAR" and "REFLECT", which add no zeros and so are exact.
-      transposed: Whether the convolution is a transposed one, or has a `lhs_dilation`.
-      transpose_kernel: Whether input and output channels are swapped in the kernel, as
-        `lax.conv_transpose` and `flax.linen.ConvTranspose` can have it.
+      feature_group_count: The number of groups; for a depthwise convolution, the number
+        of channels.
+      padding: The convolution's padding, only needed for position "before": "VALID",
+        "SAME", "CAUSAL", an integer, or integers or pairs per spatial dimension as in
+        Flax; also Flax's "CIRCULAR" and "REFLECT", which add no zeros and so are exact.
+      transposed: Whether the convolution is transposed, or has a `lhs_dilation`.
+      transpose_kernel: Whether input and output channels are swapped in the kernel, an
+        option of `lax.conv_transpose` and `flax.linen.ConvTranspose`.
 
     Returns:
-      `(kernel, bias)`: the kernel in its shape and dtype, the bias `(outputs,)` in the
-      dtype of `bias` or else of `kernel`. Computed in float32 or wider.
+      `(kernel, bias)`: the kernel with its shape and dtype, the bias with the shape
+      `(outputs,)` and the dtype of `bias`, or else of `kernel`. Computed in float32 or
+      wider.
 
     Raises:
       TypeError: An argument is not floating or complex, or is complex where `kernel` is
         not, or `feature_group_count` is not an integer.
-      ValueError: A shape does not fit the kernel, `position` is another word, or the
-        batch norm is before a convolution that puts zeros around or between its inputs.
+      ValueError: A shape does not fit the kernel, `position` is unknown, or the batch
+        norm is before a convolution that puts zeros around or between its inputs.
 
     Example:
       >>> import jaxbn, jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Batch norm folded into a dense layer: its kernel and bias, given as arrays."""
+"""Folds batch norm into a dense layer's kernel and bias, given as arrays."""
 
 import jax
 from jax.typing import ArrayLike
@@ -23,29 +23,31 @@ def fold_dense(
         position "after":   W' = W·a along the outputs,  b' = (b − mean)·a + bn_bias
         position "before":  W' = a·W along the inputs,   b' = b + Σ (bn_bias − mean·a)·W
 
-    `x·W' + b'` is then the layer and the normalization together. It is the same
-    function, but in float32 `x·W' + b'` loses digits where |mean| is far above
-    √var, because the mean is subtracted from rounded products; `normalize` does not.
+    `x·W' + b'` then computes the layer and the normalization together. It is the same
+    function, but in float32 `x·W' + b'` loses digits where |mean| is far above √var,
+    because the mean is subtracted from rounded products; `normalize` does not.
 
     Args:
       kernel: Array `(*inputs, *outputs)`, floating or complex.
-      bias: The layer's bias, shaped as the outputs, or None.
-      stats: Running statistics; `mean` and `var` are used. Shaped as the outputs for
-        position "after", as the inputs for "before". (Of `layers.renorm`, whose state
-        has a standard deviation: `RunningStats(mean, std**2, step)` and epsilon 0.)
-      scale: Factor of the batch norm, shaped as `stats.mean`; by default 1.
-      bn_bias: Summand of the batch norm, shaped likewise; by default 0.
-      epsilon: Added to the variance; of the batch norm that is folded.
+      bias: The layer's bias, shaped like the outputs, or None.
+      stats: Running statistics; `mean` and `var` are used. Shaped like the outputs for
+        position "after", like the inputs for "before". (For `layers.renorm`, whose
+        state has a standard deviation: `RunningStats(mean, std**2, step)` and epsilon
+        0.)
+      scale: Factor of the batch norm, shaped like `stats.mean`; by default 1.
+      bn_bias: Offset of the batch norm, shaped likewise; by default 0.
+      epsilon: The batch norm's epsilon, added to the variance.
       position: Where the batch norm is: "after" the layer (default) or "before" it.
 
     Returns:
-      `(kernel, bias)`: the kernel in its shape and dtype, the bias shaped as the
-      outputs, in the dtype of `bias` or else of `kernel`. Computed in float32 or wider.
+      `(kernel, bias)`: the kernel with its shape and dtype, the bias shaped like the
+      outputs, with the dtype of `bias`, or else of `kernel`. Computed in float32 or
+      wider.
 
     Raises:
       TypeError: An argument is not floating or complex, or is complex where `kernel` is
         not.
-      ValueError: A shape does not fit the kernel, or `position` is another word.
+      ValueError: A shape does not fit the kernel, or `position` is unknown.
 
     Example:
       >>> import jaxbn, jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""`fold`: a program without those normalizations that its layers can take up."""
+"""`fold`: removes normalizations from a program by folding them into its layers."""
 
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
@@ -16,38 +16,39 @@ def fold(
         conv(x, W) + b, normalized   →   conv(x, W') + b'
         W' = W·a    b' = (b − mean)·a + bias    a = scale / √(var + epsilon)
 
-    Finds each `jaxbn.normalize` whose statistics are from `params` and which follows a
+    Finds each `jaxbn.normalize` whose statistics come from `params` and which follows a
     convolution or matrix product (and the addition of a bias) that nothing else uses,
-    or precedes one, and takes it into that layer's kernel and bias: exact, up to
-    rounding, for any network of `jaxbn.linen`, `jaxbn.nnx` or plain functions. What
-    depends on `params` alone is computed here, once, before any cast to a narrower
-    dtype. What cannot be folded is left as it is; `report` tells which and why.
+    or precedes one. Folds it into that layer's kernel and bias: exact, up to rounding,
+    for any network of `jaxbn.linen`, `jaxbn.nnx` or plain functions. Computations on
+    `params` alone are done once, here, before any cast to a narrower dtype. Other
+    normalizations do not change; `report` lists them with the reason.
 
-    `x·W' + b'` loses digits where |mean| is far above √var, which `normalize` does not;
-    a kernel in float16 may overflow where a·W is above 65504. What `jax.checkpoint`
-    wraps (as `nn.remat`) is taken out of it, so that a derivative of the folded
-    function keeps more in memory.
+    `x·W' + b'` loses digits where |mean| is far above √var, while `normalize` does not;
+    a kernel in float16 may overflow where a·W is above 65504. `jax.checkpoint` (also as
+    `nn.remat`) is removed from the program, so derivatives of the folded function keep
+    more in memory.
 
     Args:
-      inference_fn: Function `(params, *inputs)` that infers: of a linen module
-        `lambda variables, x: model.apply(variables, x)`, of an nnx module
+      inference_fn: Function `(params, *inputs)` for inference: for a linen module
+        `lambda variables, x: model.apply(variables, x)`, for an nnx module
         `lambda state, x: nnx.merge(graphdef, state)(x)`, in inference mode.
-      params: Any pytree of arrays: all that is to be folded and the rest of the
-        parameters. What the function closes over instead is not folded.
+      params: Any pytree of arrays: all parameters, including the ones to fold.
+        Parameters that the function closes over are not folded.
       *example_inputs: Pytrees of arrays, or of `jax.ShapeDtypeStruct`, to trace it on.
 
     Returns:
       `(folded_fn, folded_params)`. The parameters are a dict from paths, such as
-      "params/Conv_0/kernel", to arrays: what the function still needs, the new bias
-      beside its kernel. `folded_fn(folded_params, *inputs)` gives what
-      `inference_fn(params, *inputs)` does, under `jit`, `grad` and `vmap` too; inputs
-      of other shapes are traced when they come.
+      "params/Conv_0/kernel", to the arrays that the function still needs, with the new
+      bias next to its kernel. `folded_fn(folded_params, *inputs)` returns the same as
+      `inference_fn(params, *inputs)`, also under `jit`, `grad` and `vmap`. Inputs of
+      other shapes are traced on first use.
 
     Raises:
       TypeError: `inference_fn` is not callable; later, from `folded_fn`: its parameters
-        are no dict.
-      ValueError: Later, from `folded_fn`: parameters are missing or of another shape or
-        dtype, or for inputs of these shapes others are needed than were folded.
+        are not a dict.
+      ValueError: Later, from `folded_fn`: parameters are missing or have the wrong
+        shape or dtype, or inputs of new shapes need different parameters than were
+        folded.
 
     Example:
       >>> import jaxbn, jax.numpy as jnp
@@ -95,7 +96,7 @@ def fold(
 
 
 def shapes_of(inference_fn: Callable[..., Any], params: Any) -> Any:
-    """The shapes and dtypes of `params`, both arguments checked."""
+    """Checks both arguments; returns the shapes and dtypes of `params`."""
     if not callable(inference_fn):
         raise TypeError(
             f"`inference_fn` must be a function of `params` and inputs, got "
@@ -106,7 +107,7 @@ def shapes_of(inference_fn: Callable[..., Any], params: Any) -> Any:
 
 
 def trace(inference_fn: Callable, params: Any, inputs: tuple) -> tuple[Plan, Any]:
-    """The folded program of a function, and the structure of what it returns."""
+    """The folded program of a function, and the structure of its output."""
     traced, shape = jax.make_jaxpr(inference_fn, return_shape=True)(params, *inputs)
     return plan(traced, paths_of(params)), jax.tree.structure(shape)
 
@@ -117,7 +118,7 @@ def paths_of(params: Any) -> list[str]:
     paths: dict[str, None] = {}
     for keys, node in flat(params, is_leaf=_is_variable)[0]:
         for inner, _ in flat(node)[0]:
-            # A variable of nnx is a node of its own, around its value.
+            # An nnx variable is a separate node around its value.
             whole = (*keys, *inner[_is_variable(node) :])
             path = jax.tree_util.keystr(whole, simple=True, separator="/")
             paths[distinct(path, paths)] = None
@@ -125,7 +126,7 @@ def paths_of(params: Any) -> list[str]:
 
 
 def _is_variable(node: Any) -> bool:
-    """Whether it is a variable of nnx, told without importing Flax."""
+    """Whether it is an nnx variable, without importing Flax."""
     return any(
         kind.__module__.startswith("flax.nnx") and kind.__name__.startswith("Variable")
         for kind in type(node).__mro__
@@ -148,7 +149,7 @@ def _require_same(first: tuple, other: tuple) -> None:
 
 
 def _needed(folded_params: Any, plan: Plan) -> dict[str, Any]:
-    """Those that the program takes, all of them as it takes them."""
+    """The parameters that the program needs; raises if one is missing or wrong."""
     hint = "Pass the dict that `fold` returned with this function, or one alike."
     if not isinstance(folded_params, Mapping):
         raise TypeError(
@@ -172,7 +173,7 @@ def _needed(folded_params: Any, plan: Plan) -> dict[str, Any]:
 
 
 def _kind(value: Any) -> tuple[tuple[int, ...], str] | None:
-    """The shape and dtype of an array, or None if it is none."""
+    """The shape and dtype of an array; None for anything else."""
     try:
         aval: Any = jax.typeof(value)
     except TypeError:

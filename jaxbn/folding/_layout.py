@@ -1,4 +1,4 @@
-"""Operations that move values about, and where the axes of their input go."""
+"""Operations that only move values, and how they map the axes of their input."""
 
 import math
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ Axes = tuple[int, ...]
 
 
 def is_cast(op: Op) -> bool:
-    """Whether it casts between floating dtypes, of 16 bits at least.
+    """Whether it casts between floating dtypes of at least 16 bits.
 
-    What is cast to fewer is meant to be rounded.
+    A cast to fewer bits is meant to round.
     """
     return op.name == "convert_element_type" and all(
         jnp.issubdtype(value.dtype, jnp.floating) and jnp.finfo(value.dtype).bits >= 16
@@ -31,7 +31,7 @@ def rounds(op: Op) -> bool:
 
 
 def is_layout(op: Op) -> bool:
-    """Whether it gives its input's values at other places, perhaps several times."""
+    """Whether it only moves its input's values, and may repeat them."""
     if op.name == "reshape":
         return op.params.get("dimensions") is None and len(op.inputs) == 1
     names = ("transpose", "squeeze", "broadcast_in_dim", *IDENTITIES)
@@ -44,20 +44,20 @@ def grows(op: Op) -> bool:
 
 
 def forward(op: Op, axes: Sequence[int]) -> Axes | None:
-    """Where `axes` of the input are in the output, or None where one is not."""
+    """Where `axes` of the input are in the output, or None if one is missing."""
     found = [_map(op).get(axis) for axis in axes]
     return None if None in found else tuple(found)  # type: ignore
 
 
 def backward(op: Op, axes: Sequence[int]) -> Axes | None:
-    """Where `axes` of the output are in the input, or None where one is not."""
+    """Where `axes` of the output are in the input, or None if one is missing."""
     inverse = {b: a for a, b in _map(op).items()}
     found = [inverse.get(axis) for axis in axes]
     return None if None in found else tuple(found)  # type: ignore
 
 
 def _map(op: Op) -> dict[int, int]:
-    """From axes of the input to the same axes of the output."""
+    """Maps axes of the input to the same axes of the output."""
     before, after = op.inputs[0].shape, op.outputs[0].shape
     if op.name == "transpose":
         return {a: b for b, a in enumerate(op.params["permutation"])}
@@ -74,7 +74,7 @@ def _map(op: Op) -> dict[int, int]:
 
 
 def _reshaped(before: Sequence[int], after: Sequence[int]) -> dict[int, int]:
-    """The axes of the same length with as many elements before them."""
+    """Maps axes of the same length with the same number of elements before them."""
     found: dict[int, int] = {}
     for a, n in enumerate(before):
         for b, m in enumerate(after):

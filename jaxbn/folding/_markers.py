@@ -1,4 +1,4 @@
-"""Reads a normalization off the call that marks it."""
+"""Reads a normalization from the call that marks it."""
 
 from typing import NamedTuple
 
@@ -6,8 +6,8 @@ from jaxbn import _normalize
 from jaxbn.folding import _layout, _program
 from jaxbn.folding._program import INPUTS, PARAMS, Op, Value
 
-# What two operands make together. `vmap` may have moved their axes, a derivative may
-# have changed the function under the same name: what is not in here is not folded.
+# The result of two operands. `vmap` may have moved their axes, and a derivative may
+# have changed the function under the same name: other steps are not folded.
 STEPS = {
     ("add", "var", "epsilon"): "var",
     ("rsqrt", "var"): "factor",
@@ -51,7 +51,7 @@ class Normalization(NamedTuple):
 
 
 def read(op: Op) -> Normalization | Left:
-    """The normalization that a marker is, or why it is none on data by parameters."""
+    """The normalization of a marker, or why it does not apply parameters to data."""
     given = operands(op)
     role = _role(op, list(given))
     if role is None:
@@ -72,14 +72,14 @@ def read(op: Op) -> Normalization | Left:
 
 
 def operands(op: Op) -> dict[str, Value]:
-    """What a marker is given, by name; nothing where it is not called as it was."""
+    """The operands of a marker, by name; empty if the call was changed."""
     names = _normalize.operands_of(op.params["name"]) or []
     same = len(op.inputs) == len(names) and len(op.outputs) == 1
     return dict(zip(names, op.inputs, strict=True)) if same else {}
 
 
 def _why_unknown(given: dict[str, Value]) -> str | None:
-    """Why a normalization is not of parameters on data, or None."""
+    """Why a normalization does not apply parameters to data, or None."""
     for name, word in (("mean", "mean"), ("var", "variance")):
         if given[name].of != PARAMS:
             kind = "input" if given[name].of == INPUTS else "constants"
@@ -95,7 +95,7 @@ def _why_unknown(given: dict[str, Value]) -> str | None:
 
 
 def _role(op: Op, names: list[str]) -> Role | None:
-    """The role of what it gives, if its function is that of `normalize`."""
+    """The role of its result, if its function is `normalize`."""
     if not names:
         return None
     inner = _program.inner_program(op)
@@ -114,7 +114,7 @@ def _role(op: Op, names: list[str]) -> Role | None:
 
 
 def _step(step: Op, given: list) -> Role | None:
-    """The role of what a step gives; without axes where its vectors' differ."""
+    """The role of a step's result; without axes if the axes of its vectors differ."""
     if None in given:
         return None
     if step.name == "convert_element_type":
@@ -130,10 +130,10 @@ def _step(step: Op, given: list) -> Role | None:
 
 
 def _moved(step: Op, name: str, axes: tuple[int, ...] | None) -> Role | None:
-    # An epsilon with axes is refused anyway.
+    # An epsilon with axes is rejected anyway.
     if axes is None or name == "epsilon":
         return name, axes
     moved = _layout.forward(step, axes)
-    # Of x, only the whole array in its own place will do.
+    # x must stay whole and in place.
     stays = moved == axes and not _layout.grows(step)
     return None if moved is None or (name in OF_X and not stays) else (name, moved)

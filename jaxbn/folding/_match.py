@@ -14,11 +14,11 @@ ADDED = "bias added"  # The name of folding's own addition of a bias.
 
 
 class No(Exception):
-    """A normalization is left, and why."""
+    """The reason why a normalization cannot be folded."""
 
 
 class Vector(NamedTuple):
-    """A parameter that is added: its axes for those of the features, a sign."""
+    """A parameter that is added: its axes, matching the feature axes, and its sign."""
 
     value: Value
     axes: tuple[int, ...]
@@ -27,12 +27,11 @@ class Vector(NamedTuple):
 
 @dataclasses.dataclass
 class Match:
-    """What is to be done with a normalization.
+    """How to fold a normalization.
 
-    `product` is the layer and `axes` are those of the kernel that the vectors run
-    along. `biases` are added between the two, `chain` is what is between them else,
-    and `out` is the value that the new one replaces; it has its features at
-    `out_axes`.
+    `product` is the layer, and `axes` are the kernel axes that the vectors run along.
+    `biases` are added between the two, `chain` has the other operations between them,
+    and `out` is the value to replace; it has its features at `out_axes`.
     """
 
     position: str
@@ -45,7 +44,7 @@ class Match:
 
 
 def match(norm: Normalization, program: Program, position: str) -> Match:
-    """The layer that the normalization is after or before; raises `No`."""
+    """The layer before or after the normalization; raises `No`."""
     users = program.users()
     found = _after(norm, users) if position == "after" else _before(norm, users)
     _require_own_kernel(found.product, users)
@@ -59,7 +58,7 @@ def match(norm: Normalization, program: Program, position: str) -> Match:
 
 
 def _after(norm: Normalization, users: dict) -> Match:
-    """Walks up from what is normalized to the product that makes it."""
+    """Walks up from the normalized value to the product that makes it."""
     value, axes = norm.x, norm.axes
     chain, biases = [], []
     while True:
@@ -84,7 +83,7 @@ def _after(norm: Normalization, users: dict) -> Match:
 
 
 def _step_up(op: Op, axes: tuple[int, ...]) -> tuple[Value, Vector | None]:
-    """What `op` was given, and the bias that it adds to it, if it does."""
+    """The input of `op`, and the bias that it adds, if any."""
     if _layout.is_cast(op) or (_layout.is_layout(op) and not _layout.grows(op)):
         return op.inputs[0], None
     bias = added(op, axes)
@@ -94,7 +93,7 @@ def _step_up(op: Op, axes: tuple[int, ...]) -> tuple[Value, Vector | None]:
 
 
 def _before(norm: Normalization, users: dict) -> Match:
-    """Walks down from the normalization to the product that takes it up."""
+    """Walks down from the normalization to the product that uses it."""
     value, axes = norm.y, norm.axes
     while True:
         if len(users[value]) != 1:
@@ -121,7 +120,7 @@ def _before(norm: Normalization, users: dict) -> Match:
 
 
 def _step_down(op: Op, axes: tuple[int, ...]) -> tuple[int, ...]:
-    """The axes of the output of `op`, if it merely moves its input."""
+    """The axes of the output of `op`, if it only moves its input."""
     if _layout.is_cast(op):
         return axes
     if _layout.is_layout(op) and not _layout.grows(op):
@@ -132,7 +131,7 @@ def _step_down(op: Op, axes: tuple[int, ...]) -> tuple[int, ...]:
 def _own_bias(
     out: Value, axes: tuple[int, ...], users: dict
 ) -> tuple[Value, list[Vector]]:
-    """The bias that is added to `out`, which takes the new one up, and the sum."""
+    """The bias added to `out`, to be merged with the new one, and the sum."""
     user = users[out][0][0]
     found = added(user, axes) if len(users[out]) == 1 and user is not None else None
     if user is None or found is None or found[0] is not out:
@@ -154,7 +153,7 @@ def _require_own_kernel(found: Product, users: dict) -> None:
 
 
 def _require_range(dtype) -> None:
-    """Raises `No` where a kernel times a factor may not be one of its dtype."""
+    """Raises `No` if the dtype may not hold the kernel times a factor."""
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise No("the kernel is not floating")
     bits = jnp.finfo(dtype).bits
@@ -169,7 +168,7 @@ def _required(axes: tuple[int, ...] | None) -> tuple[int, ...]:
 
 
 def added(op: Op, axes: tuple[int, ...]) -> tuple[Value, Vector] | None:
-    """What `op` adds a vector along `axes` to, and that vector, if it does."""
+    """The value that `op` adds a vector along `axes` to, and the vector, if it does."""
     if op.name == ADDED:
         own, to = op.params["axes"], op.inputs[0]
         found = Vector(op.inputs[1], tuple(own.index(a) for a in axes if a in own))
@@ -187,7 +186,7 @@ def added(op: Op, axes: tuple[int, ...]) -> tuple[Value, Vector] | None:
 
 
 def _vector(value: Value, axes: tuple[int, ...]) -> Vector | None:
-    """`value` as something that varies along `axes` only."""
+    """`value` as a vector that varies along `axes` only, or None."""
     rest = [n for a, n in enumerate(value.shape) if a not in axes]
     if not value.shape or all(n == 1 for n in rest):
         return Vector(value, axes if value.shape else ())
@@ -201,7 +200,7 @@ def _vector(value: Value, axes: tuple[int, ...]) -> Vector | None:
 
 
 def called(op: Op) -> str:
-    """An operation as a report names it."""
+    """The name of an operation in a report."""
     name = op.params.get("name")
     inner = op.params.get("call_jaxpr")
     if name is None and inner is not None:

@@ -1,4 +1,4 @@
-"""Which paddings put zeros beside the values of a convolution's input."""
+"""Which paddings put zeros next to the values of a convolution's input."""
 
 import operator
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-# Flax's, made of the input's own values: they commute with a factor and a summand.
+# Flax's paddings with the input's own values commute with a factor and an offset.
 OF_VALUES = ("CIRCULAR", "REFLECT")
 OF_ZEROS = ("SAME", "SAME_LOWER", "CAUSAL")
 
@@ -18,9 +18,9 @@ def require_exact(
     transposed: bool,
     offset: jax.Array,
 ) -> None:
-    """Refuses a batch norm before a convolution that adds zeros to its input.
+    """Raises for a batch norm before a convolution that adds zeros to its input.
 
-    `offset` is what the batch norm makes of 0; where that is 0, zeros do no harm.
+    `offset` is the batch norm of 0; where `offset` is 0, zeros do no harm.
     """
     zeros = _zeros(padding, spatial)
     if not (zeros or transposed):

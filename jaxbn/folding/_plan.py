@@ -1,4 +1,4 @@
-"""What of a program is done once, on parameters, and what is done for every input."""
+"""Splits a program into work done once, on parameters, and work for every input."""
 
 import dataclasses
 import itertools
@@ -12,7 +12,7 @@ from jaxbn.folding import _layout, _program, _rewrite
 from jaxbn.folding._program import PARAMS, Op, Program, Value
 from jaxbn.folding._structure import structure
 
-# Which part of a parameter may depend on the input's length: not settled once.
+# Parts of a parameter may depend on the input's length, so they are not computed once.
 PARTS = ("slice", "dynamic_slice", "gather")
 
 
@@ -20,8 +20,8 @@ PARTS = ("slice", "dynamic_slice", "gather")
 class Plan:
     """A folded program.
 
-    `names` are its parameters, `ops` what is done for every input, and `order` are the
-    operations as they were traced.
+    `names` are its parameters, `ops` the operations for every input, and `order` the
+    operations in the order of the trace.
     """
 
     program: Program
@@ -38,7 +38,7 @@ class Plan:
         return {name: own.get(v, made.get(name)) for name, v in self.names.items()}
 
     def derive(self, leaves: Sequence[Any]) -> dict[str, Any]:
-        """Those of them that are not leaves themselves."""
+        """The folded parameters that are not leaves themselves."""
         values = {n: v for n, v in self.names.items() if v.op is not None}
         known = dict(zip(self.program.params, leaves, strict=True))
         roots = [v.op for v in values.values() if v.op is not None]
@@ -71,8 +71,8 @@ def plan(closed: Any, paths: Sequence[str]) -> Plan:
         if value.of != PARAMS or value in late:
             return False
         op = value.op
-        # What merely lays out one parameter does so in the program, and the
-        # parameter keeps its shape.
+        # Layout operations on one parameter stay in the program, and the parameter
+        # keeps its shape.
         return op is None or not _layout.is_layout(op)
 
     roots = [op for op in program.ops if _program.has_effects(op)]
@@ -85,10 +85,10 @@ def plan(closed: Any, paths: Sequence[str]) -> Plan:
 
 
 def _late(program: Program) -> set[Value]:
-    """Values of parameters that are made for every input.
+    """Values of parameters that are computed for every input.
 
-    Broadcasts, which may be as large as the input (be it of one example), parts, random
-    numbers, whose keys are to stay keys, and what is made of them.
+    Broadcasts, which may be as large as the input (even with one example), parts,
+    random numbers, whose keys must stay keys, and anything computed from these.
     """
     late: set[Value] = set()
     for op in program.ops:
@@ -106,7 +106,7 @@ def _late(program: Program) -> set[Value]:
 
 
 def _seeds(op: Op) -> Iterator[Value]:
-    """The keys and integers made of parameters that an operation is given."""
+    """The inputs of an operation that are keys or integers made from parameters."""
     for value in op.inputs:
         whole = not jnp.issubdtype(value.dtype, jnp.inexact)
         if whole and value.of == PARAMS and value.op is not None:
@@ -115,7 +115,7 @@ def _seeds(op: Op) -> Iterator[Value]:
 
 
 def root(value: Value) -> Value | None:
-    """The parameter that a value is made of, the first if there are several."""
+    """The parameter that a value is made from, the first if there are several."""
     while value.op is not None:
         of_params = [v for v in value.op.inputs if v.of == PARAMS]
         if not of_params:
@@ -125,7 +125,7 @@ def root(value: Value) -> Value | None:
 
 
 def path_of(value: Value, paths: dict[Value, str]) -> str:
-    """Where a value of parameters comes from."""
+    """The path of the parameter that a value comes from."""
     while value.op is not None and _layout.is_cast(value.op):
         value = value.op.inputs[0]
     op, own = value.op, root(value)
@@ -140,7 +140,7 @@ def path_of(value: Value, paths: dict[Value, str]) -> str:
 
 
 def distinct(name: str, others: Container[str]) -> str:
-    """`name`, with a number where it is among the others."""
+    """`name`, with a number if it is among the others."""
     if name not in others:
         return name
     numbers = (f"{name}_{count}" for count in itertools.count(1))
@@ -148,7 +148,7 @@ def distinct(name: str, others: Container[str]) -> str:
 
 
 def _names(values: list[Value], paths: dict[Value, str]) -> dict[str, Value]:
-    """A name of its own for each value, in the order of the parameters they are of."""
+    """A unique name for each value, in the order of the original parameters."""
     order: dict[Any, int] = {value: index for index, value in enumerate(paths)}
     names: dict[str, Value] = {}
     # Parameters keep their paths, so they come first.

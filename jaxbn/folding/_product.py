@@ -8,10 +8,10 @@ Axes = tuple[int, ...]
 
 
 class Product(NamedTuple):
-    """A product of data and a kernel, and how their axes go into the output's.
+    """A product of data and a kernel, and how their axes map to the output's.
 
-    `outputs` maps axes of the output to those of the kernel, `inputs` axes of the data.
-    The product sums over `summed` axes of the kernel.
+    `outputs` maps axes of the output to axes of the kernel; `inputs` does so for axes
+    of the data. The product sums over `summed` axes of the kernel.
     """
 
     kind: str
@@ -35,14 +35,14 @@ class Product(NamedTuple):
         return _look_up(self.inputs, axes)
 
     def axes_of_added(self) -> Axes:
-        """Where the kernel's axes that are not summed are in the output, in order."""
+        """The output axes of the kernel axes that are not summed, in order."""
         inverse = {b: a for a, b in self.outputs.items()}
         return tuple(
             inverse[b] for b in range(len(self.kernel.shape)) if b not in self.summed
         )
 
     def why_not_before(self) -> str:
-        """Why a batch norm cannot be folded that is before it, or nothing."""
+        """Why a batch norm before it cannot be folded; empty if it can."""
         if self.kind == "product":
             return ""
         params = self.op.params
@@ -54,7 +54,7 @@ class Product(NamedTuple):
 
 
 def product(op: Op) -> Product | None:
-    """`op` as a product, if it is one of data and something else."""
+    """`op` as a product, if it multiplies data by something else."""
     if op.name == "conv_general_dilated" and op.inputs[1].of != INPUTS:
         return _convolution(op)
     if op.name == "dot_general" and any(v.of != INPUTS for v in op.inputs):
@@ -83,7 +83,7 @@ def _matrix_product(op: Op) -> Product:
         [a for a in range(len(value.shape)) if a not in (*contracting[i], *batch[i])]
         for i, value in enumerate(op.inputs)
     ]
-    # The output has the axes of the batch, then those of the left, then of the right.
+    # The output has the batch axes, then the left axes, then the right axes.
     first = len(batch[0]) + (len(free[0]) if side else 0)
     outputs = dict(enumerate(batch[side]))
     outputs |= {first + i: a for i, a in enumerate(free[side])}

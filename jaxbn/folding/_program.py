@@ -33,10 +33,10 @@ class Value:
 
 @dataclasses.dataclass(eq=False)
 class Op:
-    """One operation: `run` takes the inputs and gives the list of outputs.
+    """One operation: `run` takes the inputs and returns the list of outputs.
 
-    `eqn` is that of the traced program; operations that folding adds have none, and
-    keep what there is to know of them in `params`.
+    `eqn` is the equation in the traced program; operations that folding adds have none,
+    and keep their details in `params`.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Program:
         self.ops = [op for op in self.ops if op in kept]
 
     def reorder(self) -> None:
-        """Takes up what outputs need now, in an order in which it can run."""
+        """Collects the operations that outputs now need, in an order that can run."""
         self.ops = in_order(self._roots())
 
     def _roots(self) -> list[Op]:
@@ -80,16 +80,16 @@ class Program:
         return found
 
     def replace(self, old: Value, new: Value) -> None:
-        """Lets everything that used `old` use `new`."""
+        """Replaces every use of `old` by `new`."""
         for op in self.ops:
             op.inputs = [new if v is old else v for v in op.inputs]
         self.outputs = [new if v is old else v for v in self.outputs]
 
 
 def in_order(roots: Sequence[Op], stop: Callable[[Value], bool] | None = None) -> list:
-    """The operations that `roots` need, each after those that it needs itself.
+    """The operations that `roots` need, each after the operations that it needs.
 
-    What makes the values at which to `stop` is left out.
+    Operations that only make values at which to `stop` are left out.
     """
     order: dict[Op, None] = {}
     stack = [(op, False) for op in reversed(roots)]
@@ -150,13 +150,13 @@ def make(
 
 
 def derived(name: str, function: Callable, inputs: Sequence[Value], **params) -> Op:
-    """The operation of a function that returns a tuple of arrays."""
+    """An operation from a function that returns a tuple of arrays."""
     structs = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in inputs]
     return make(name, inputs, jax.eval_shape(function, *structs), function, params)
 
 
 def again(op: Op, value: Value) -> Op:
-    """The same operation of one array on another, of the same shape."""
+    """The same operation applied to another array of the same shape."""
     like = jax.ShapeDtypeStruct(op.outputs[0].shape, value.dtype)
     new = make(op.name, [value], [like], op.run, op.params)
     new.eqn = op.eqn
@@ -169,7 +169,7 @@ def is_marker(name: str) -> bool:
 
 
 def evaluate(ops: Sequence[Op], known: dict[Value, Any]) -> dict[Value, Any]:
-    """Runs operations on the arrays that are known, and adds theirs."""
+    """Runs operations on the known arrays, and adds their outputs."""
 
     def read(value: Value):
         return known.get(value, value.constant)
@@ -181,7 +181,7 @@ def evaluate(ops: Sequence[Op], known: dict[Value, Any]) -> dict[Value, Any]:
 
 
 def markers_inside(op: Op) -> Iterator[Value | None]:
-    """For each marker in the loops and branches of `op`: its mean's value out here."""
+    """Yields the outer value of the mean of each marker inside loops and branches."""
     for jaxpr in core.jaxprs_in_params(op.params):
         names = dict(zip(reversed(jaxpr.invars), reversed(op.inputs), strict=False))
         yield from _markers(jaxpr, names)
@@ -200,7 +200,7 @@ def _markers(jaxpr: Any, names: dict) -> Iterator[Value | None]:
 
 
 def is_random(op: Op) -> bool:
-    """Whether it makes random numbers, or keys of them, perhaps in a loop."""
+    """Whether it makes random numbers or keys, perhaps in a loop."""
     return _is_random(op.name, op.params)
 
 
@@ -215,7 +215,7 @@ def _is_random(name: str, params: dict) -> bool:
 def _inline(
     jaxpr: Any, constants: Sequence[Any], arguments: Sequence[Value], ops: list[Op]
 ) -> list[Value]:
-    """Appends the operations of `jaxpr` and of what it calls; returns its outputs."""
+    """Appends the operations of `jaxpr` and of its calls; returns its outputs."""
     known = dict(zip(jaxpr.invars, arguments, strict=True))
     for variable, constant in zip(jaxpr.constvars, constants, strict=True):
         aval: Any = variable.aval
@@ -243,8 +243,8 @@ def _inline(
 
 
 def _operation(jaxpr: Any, eqn: Any, inputs: list[Value]) -> Op:
-    # Evaluated as a program of its own: what a primitive's `bind` takes differs between
-    # versions of JAX, and the context (matmul precision, metadata) comes along.
+    # Evaluated as a separate program: the arguments of a primitive's `bind` differ
+    # between versions of JAX, and the context (matmul precision, metadata) is kept.
     given = [not isinstance(atom, core.Literal) for atom in eqn.invars]
     variables = [v for v, g in zip(eqn.invars, given, strict=True) if g]
     kept = [v for v in eqn.outvars if not isinstance(v, core.DropVar)]
@@ -270,7 +270,7 @@ def _operation(jaxpr: Any, eqn: Any, inputs: list[Value]) -> Op:
 
 
 def _called(eqn: Any) -> Any:
-    """The program that an equation calls, if it may stand in the call's place."""
+    """The program that an equation calls, if it may be inlined."""
     if eqn.primitive is primitives.jit_p:
         places = (*eqn.params["in_shardings"], *eqn.params["out_shardings"])
         free = all(type(p).__name__ == "UnspecifiedValue" for p in places)
@@ -291,5 +291,5 @@ def _name(eqn: Any) -> str:
 
 
 def has_effects(op: Op) -> bool:
-    """Whether it does more than to give its outputs, as printing."""
+    """Whether it has side effects, such as printing."""
     return op.eqn is not None and bool(op.eqn.effects)

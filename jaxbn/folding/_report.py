@@ -26,9 +26,9 @@ class FoldedLayer(NamedTuple):
     """One normalization of a program.
 
     Attributes:
-      path: Of its statistics in `params`, such as "batch_stats/BatchNorm_0"; of its
-        scale or bias where the statistics are from elsewhere.
-      into: The path of the kernel that took it up, or None where it is left.
+      path: The path of its statistics in `params`, such as "batch_stats/BatchNorm_0",
+        or of its scale or bias if the statistics come from elsewhere.
+      into: The path of the kernel that it was folded into, or None if it is left.
       position: "after" or "before" that layer, or None.
       reason: Why it is left, or None.
 
@@ -61,12 +61,12 @@ class FoldReport(NamedTuple):
 
     @property
     def folded(self) -> tuple[FoldedLayer, ...]:
-        """Those that a layer took up."""
+        """The normalizations that were folded into a layer."""
         return tuple(layer for layer in self.layers if layer.reason is None)
 
     @property
     def left(self) -> tuple[FoldedLayer, ...]:
-        """Those that stay in the program."""
+        """The normalizations that stay in the program."""
         return tuple(layer for layer in self.layers if layer.reason is not None)
 
     def __str__(self) -> str:
@@ -85,12 +85,12 @@ class FoldReport(NamedTuple):
 def report(
     inference_fn: Callable[..., Any], params: Any, *example_inputs: Any
 ) -> FoldReport:
-    """Tells which normalizations `fold` takes into which layers, and why others not.
+    """Lists which normalizations `fold` folds into which layers, and why not others.
 
         every normalization  =  report.folded  +  report.left
 
-    Looks at the program only, not at the values of `params`, so `jax.ShapeDtypeStruct`
-    will do for all arguments.
+    It only looks at the program, not at the values of `params`, so all arguments may be
+    `jax.ShapeDtypeStruct`.
 
     Args:
       inference_fn: Function `(params, *inputs)`, as for `fold`.
@@ -156,7 +156,7 @@ def _why_inside(op: _program.Op, mean: _program.Value | None) -> str:
 
 
 def _is_of_the_batch(mean: _program.Value, op: _program.Op) -> bool:
-    """Whether the mean is made of an input that `op` is given in another way, too."""
+    """Whether the mean depends on an input that `op` also gets in another way."""
     if mean.of != _program.INPUTS:
         return False
     others = (_inputs_of(value) for value in op.inputs if value is not mean)
@@ -170,9 +170,9 @@ def _inputs_of(value: _program.Value) -> set[_program.Value]:
 
 
 def _has_rule(params: dict[str, Any]) -> bool:
-    """Whether one of the functions inside has a derivative of its own, as in training.
+    """Whether a function inside normalizes and has its own derivative, as in training.
 
-    And normalizes: inference by running statistics has none.
+    Inference by running statistics has no such function.
     """
     for eqn in (e for j in core.jaxprs_in_params(params) for e in j.eqns):
         name, call = eqn.primitive.name, eqn.primitive.bind
@@ -187,7 +187,7 @@ def _has_rule(params: dict[str, Any]) -> bool:
 def _path(mean: _program.Value | None, op: _program.Op, paths: dict) -> str:
     """The path of the statistics, without the name of the mean unless that is all.
 
-    Where they are from elsewhere, that of the first other vector from `params`.
+    If they come from elsewhere, the path of the first other vector from `params`.
     """
     vectors = [mean, *(v for v in op.inputs if v.of == _program.PARAMS)]
     roots = (_plan.root(v) for v in vectors if v is not None)

@@ -1,4 +1,4 @@
-"""Carries out what was matched: another kernel, one bias, no normalization."""
+"""Folds a matched normalization: new kernel, one bias, no normalization."""
 
 import functools
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ Results = dict[Op, Match | Left]
 
 
 def fold_all(program: Program) -> Results:
-    """Folds what it can, in place. Gives each marker its match, or why it is left.
+    """Folds in place where possible. Returns each marker's match, or why it is left.
 
-    First those after a layer, so that one before the same layer can still fold.
+    Starts with markers after a layer, so that one before the same layer can still fold.
     """
     results: Results = {}
     markers = [
@@ -70,7 +70,7 @@ def _rewrite(program: Program, norm: Normalization, found: Match) -> None:
 
 
 def _kernel_and_bias(norm: Normalization, found: Match) -> Op:
-    """The operation, on parameters alone, that gives both in a wide dtype."""
+    """The operation, on parameters alone, that computes both in a wide dtype."""
     given = [v for v in norm.vectors if v is not None]
     added = [bias.value for bias in found.biases]
     values = [found.product.kernel, *given, *added, norm.epsilon]
@@ -83,7 +83,7 @@ def _kernel_and_bias(norm: Normalization, found: Match) -> Op:
         scale, summand = vectors.get(norm.scale), vectors.get(norm.bias)
         bias = _sum(wide[len(given) :], found.biases)
         if found.position == "after":
-            own = mean - bias  # The bias before a normalization moves its mean.
+            own = mean - bias  # A bias before a normalization shifts its mean.
             factor, offset = _arithmetic.affine(own, var, scale, summand, epsilon)
             return _arithmetic.after(kernel, factor, found.axes), offset
         factor, offset = _arithmetic.affine(mean, var, scale, summand, epsilon)
@@ -106,7 +106,7 @@ def _before(kernel, bias, factor, offset, found: Match):
 
 
 def _sum(arrays: Sequence[jax.Array], vectors: Sequence[Vector]):
-    """The sum of the biases, each laid out as the features are."""
+    """The sum of the biases, each laid out like the features."""
     total = 0
     for array, vector in zip(arrays, vectors, strict=True):
         rest = [a for a in range(array.ndim) if a not in vector.axes]
@@ -117,10 +117,10 @@ def _sum(arrays: Sequence[jax.Array], vectors: Sequence[Vector]):
 
 
 def _widened(value: Value, exact: bool = False) -> Value:
-    """The value before it was cast, laid out as it is.
+    """The value before any cast, with its present layout.
 
-    But not before it was rounded and then cast to a wider dtype, `exact`ly: that is
-    meant to be rounded.
+    But not before a cast that rounds, if an `exact` cast to a wider dtype follows: that
+    rounding is intended.
     """
     op = value.op
     if op is None or not (_layout.is_cast(op) or _layout.is_layout(op)):
@@ -135,7 +135,7 @@ def _widened(value: Value, exact: bool = False) -> Value:
 
 
 def _varying(value: Value, like: Value) -> Value:
-    """`value`, varying over the mesh axes that the parameter `like` was made to."""
+    """Makes `value` vary over the mesh axes that `like` was made to vary over."""
     op = like.op
     while op is not None and _layout.is_layout(op) | _layout.is_cast(op):
         if op.name in _layout.VARYING:
@@ -156,9 +156,9 @@ def _add(value: Value, bias: Value, axes: tuple[int, ...], dtype) -> Value:
 
     def function(value, bias):
         bias = _arithmetic.lay(bias, axes, value.ndim)
-        # Of convolutions in bfloat16, XLA hands cuDNN a sum in bfloat16 as part of the
-        # convolution; in float32 it is a pass through memory of its own: 9.0 against
-        # 5.0 arrays for two layers. Elsewhere the sum in float32 costs less or as much.
+        # For convolutions in bfloat16, XLA fuses a sum in bfloat16 into cuDNN's
+        # convolution; in float32 it is a separate pass through memory: 9.0 against 5.0
+        # arrays for two layers. Elsewhere the sum in float32 costs less or as much.
         if value.dtype != dtype or jnp.finfo(dtype).bits >= 32:
             return (_wide_sum(value, bias, dtype),)
         wide = functools.partial(_wide_sum, dtype=dtype)

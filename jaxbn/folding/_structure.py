@@ -40,7 +40,7 @@ def structure(program: ClosedJaxpr | Jaxpr) -> tuple:
 
 
 def _part(value: Any) -> Any:
-    """A parameter of an operation, equal to another that means the same."""
+    """A key for a parameter of an operation, equal for the same meaning."""
     if isinstance(value, (ClosedJaxpr, Jaxpr)):
         return structure(value)
     if isinstance(value, dict):
@@ -49,14 +49,14 @@ def _part(value: Any) -> Any:
         return [_part(part) for part in value]
     if isinstance(value, (np.ndarray, jax.Array)):
         return _constant(value)
-    # Functions, and JAX's own wrappers of them, are made anew in every trace.
+    # Functions, and JAX's own wrappers of them, are new objects in every trace.
     if callable(value) or hasattr(value, "call_wrapped"):
         return getattr(value, "__qualname__", type(value).__qualname__)
     return value
 
 
 def _constant(value: Any) -> Any:
-    """Equal for equal constants; a traced one is equal to itself only."""
+    """A key, equal for equal constants; a traced one is only equal to itself."""
     if isinstance(value, Tracer):
         return id(value)
     if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):

@@ -1,4 +1,4 @@
-"""Statistics over a data set: measured anew, adapted to a domain, and watched."""
+"""Statistics over a data set: recalibration, adaptation to a domain, and drift."""
 
 from jaxbn.population._adapt import adapt as adapt
 from jaxbn.population._collect import collect as collect

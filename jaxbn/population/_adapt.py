@@ -1,4 +1,4 @@
-"""Statistics adapted to another domain than that of the training data."""
+"""Adapts statistics to a different domain than the training data."""
 
 import functools
 from typing import Any
@@ -28,40 +28,40 @@ def adapt(
     pseudo_samples: ArrayLike = 0.0,
     samples: ArrayLike | None = None,
 ) -> Any:
-    """Running statistics moved to the domain that `moments` are of.
+    """Adapts running statistics to the domain in which `moments` were measured.
 
         mean = N/(N + n)·stats.mean + n/(N + n)·moments.mean        var alike
 
-    with n samples of the new domain, and the old statistics counted as N of them.
+    with n samples of the new domain; the old statistics count as N samples.
 
-    - AdaBN: N = 0, `moments` collected over the unlabelled data of the new domain.
-    - Prediction-time batch norm: N = 0, `moments` of the batch that is to be predicted.
-    - The mix: N above 0, `moments` of a batch that is small, or of one image.
+    - AdaBN: N = 0, `moments` collected over the unlabeled data of the new domain.
+    - Prediction-time batch norm: N = 0, `moments` of the batch to predict.
+    - The mix: N above 0, `moments` of a small batch, or of one image.
 
     Only statistics change: no labels and no gradients are needed. A layer's moments
-    depend on how the layers before it are normalized: measured in training, by the new
+    depend on how the layers before it are normalized: in training mode, by the new
     domain alone, which is right for N = 0. For other N, build the model with
-    `pseudo_samples=N` (as `jaxbn.layers.standard`), which mixes layer by layer: its
-    inference needs no `adapt`, and the moments measured in it are the right ones here.
+    `pseudo_samples=N` (as in `jaxbn.layers.standard`), which mixes layer by layer: its
+    inference needs no `adapt`, and moments measured in it are the right ones here.
 
     Args:
-      stats: A tree of the layers' states, the old ones: `RunningStats`, as from
+      stats: A tree of the layers' old states: `RunningStats`, as from
         `jaxbn.linen.running_stats` or `jaxbn.nnx.running_stats`, or `RenormStats`,
-        whose std is taken for √var. Layers may be stacked, as by `jax.vmap`.
-      moments: A tree of `Moments` of the same layers, from `moments_fn` or `collect`,
-        or as the layers' `forward` returns them.
-      pseudo_samples: N, 0 or more; infinite leaves the statistics as they are.
-      samples: n, how many examples `moments` are of. Needed if N is not 0: the counts
-        of a convolution's moments are of positions, not of examples.
+        whose std is treated as √var. Layers may be stacked, as by `jax.vmap`.
+      moments: A tree of `Moments` of the same layers, from `moments_fn`, `collect`, or
+        the layers' `forward`.
+      pseudo_samples: N, 0 or more; if infinite, the statistics do not change.
+      samples: n, the number of examples in `moments`. Needed if N is not 0: a
+        convolution's moments count positions, not examples.
 
     Returns:
-      A tree like `stats`, of the same kinds, shapes and dtypes. What has no weight in
-      `moments` stays.
+      A tree like `stats`, with the same kinds, shapes and dtypes. Entries without
+      weight in `moments` keep their values.
 
     Raises:
       TypeError: A tree has other leaves, or moments are complex and `stats` real.
-      ValueError: The trees are of different layers or features, `pseudo_samples` or
-        `samples` are negative, or `samples` are needed.
+      ValueError: The trees have different layers or features, `pseudo_samples` or
+        `samples` is negative, or `samples` is needed.
 
     Example:
       >>> import jaxbn, jax.numpy as jnp
@@ -83,7 +83,7 @@ def adapt(
 
     def adapted(old: State, m: Moments) -> State:
         moved = functools.partial(update, momentum=kept)
-        for _ in range(np.ndim(old.step)):  # One for each stacked layer, or domain.
+        for _ in range(np.ndim(old.step)):  # One per axis of layers or domains.
             moved = jax.vmap(moved)
         m = without_groups(m, old)
         new = moved(as_stats(old), m._replace(count=whole_count(m)))

@@ -25,21 +25,21 @@ def collect(moments_fn: Callable[[Any], Any], batches: Iterable[Any]) -> Any:
         var = Σnₖ·varₖ / n + Σnₖ|meanₖ − mean|² / n        over batches k
 
     Batches may differ in size. Their moments are merged in pairs, then pairs of pairs,
-    so that rounding errors grow with the logarithm of their number.
+    so rounding errors grow with the logarithm of the number of batches.
 
     Args:
-      moments_fn: Called with each batch, returns a tree of `Moments`, always of the
+      moments_fn: Called with each batch, returns a tree of `Moments`, always with the
         same layers. `jaxbn.linen.moments_fn` and `jaxbn.nnx.moments_fn` make one.
-      batches: Any iterable of what `moments_fn` takes, `tqdm(batches)` too.
+      batches: Any iterable of arguments for `moments_fn`, including `tqdm(batches)`.
 
     Returns:
-      A tree of `Moments` like those of a batch.
+      A tree of `Moments` with the same structure as for one batch.
 
     Raises:
-      TypeError: What `moments_fn` returns has other leaves than `Moments`, or `batches`
-        is an array or a dict.
-      ValueError: There is no batch, a batch has no layer or other layers than the
-        first one.
+      TypeError: The result of `moments_fn` has leaves other than `Moments`, or
+        `batches` is an array or a dict.
+      ValueError: There is no batch, or a batch has no layers, or different layers than
+        the first batch.
 
     Example:
       >>> import jaxbn, jax.numpy as jnp
@@ -55,7 +55,7 @@ def collect(moments_fn: Callable[[Any], Any], batches: Iterable[Any]) -> Any:
 
 
 def measured(moments_fn: Callable[[Any], Any], batch: Any) -> Any:
-    """What `moments_fn` returns; where it fails on a batch of parts, a word on that."""
+    """Calls `moments_fn`; if it fails on a batch of parts, the error gets a note."""
     try:
         return moments_fn(batch)
     except Exception as error:
@@ -71,13 +71,13 @@ def _described(batch: tuple | list | Mapping) -> str:
 
 
 def pool(moments_fn: Callable[[Any], Any], batches: Iterable[Any]) -> tuple[int, Any]:
-    """The number of batches, and what `collect` returns."""
+    """The number of batches, and the result of `collect`."""
     if isinstance(batches, (jax.Array, np.ndarray, Mapping)):
         raise TypeError(
             f"`batches` is {type(batches).__name__}, expected an iterable of batches. "
             "Pass `[x]` if it is one batch, `list(x)` if it is an array of batches."
         )
-    done: list[tuple[int, Any]] = []  # Each of twice as many batches as the next.
+    done: list[tuple[int, Any]] = []  # Each has at least twice the next's.
     for batch in batches:
         size, part = 1, moments_fn(batch)
         named_layers("moments_fn(batch)", part, Moments)

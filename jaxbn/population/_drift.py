@@ -22,11 +22,11 @@ class Drift(NamedTuple):
     """How one layer's data differ from its running statistics, channel by channel.
 
     Attributes:
-      kl: Symmetric Kullback-Leibler divergence of the two Gaussians, in nats. Where
-        there are no data, this and the following two are NaN.
+      kl: Symmetric Kullback-Leibler divergence of the two Gaussians, in nats. Without
+        data, this and the next two fields are NaN.
       mean_shift: Difference of the means in running standard deviations; signed, or its
         magnitude for complex data.
-      var_ratio: The data's variance over the running one.
+      var_ratio: The variance of the data divided by the running variance.
       dead: Whether the data are constant, to the precision of their dtype.
       non_finite: Whether a mean or variance is infinite or NaN.
       count: The total weight of the data.
@@ -54,31 +54,31 @@ class Drift(NamedTuple):
 def drift(stats: Any, moments: Any, *, epsilon: float = 1e-5) -> Any:
     """How far the data of `moments` have moved from the running statistics.
 
-    With μ and σ² the running mean and variance, m and s² those of the data, and epsilon
-    added to both variances:
+    With μ and σ² the running mean and variance, m and s² the mean and variance of the
+    data, and epsilon added to both variances:
 
         mean_shift = (m − μ) / σ        var_ratio = s² / σ²
         kl = KL(data ‖ running) + KL(running ‖ data)
            = (s² − σ²)² / (2·s²·σ²) + (m − μ)² · (1/s² + 1/σ²) / 2
 
-    In inference a channel with `mean_shift` d and `var_ratio` r comes out of the
-    normalization with mean d and variance r instead of 0 and 1.
+    At inference, a channel with `mean_shift` d and `var_ratio` r has mean d and
+    variance r after the normalization, instead of 0 and 1.
 
     Args:
       stats: A tree of the layers' states: `RunningStats`, or `RenormStats`, whose std
-        is taken for √var.
+        is treated as √var.
       moments: A tree of `Moments` of the same layers, from `moments_fn` or `collect`.
-        To watch a network as it is used, measure them at inference.
-      epsilon: Added to variances, as by the layers; those of a `RenormStats` and of its
-        layer's moments include it already.
+        To monitor a deployed network, measure them at inference.
+      epsilon: Added to variances, as by the layers. The variances of a `RenormStats`
+        and of its layer's moments already include it.
 
     Returns:
-      A tree of `Drift` with arrays of the shape of the features. A pure function, to be
-      compiled and logged in training; `summary` makes a table of it.
+      A tree of `Drift` with arrays of the shape of the features. `drift` is pure, so it
+      can be compiled and logged in training; `summary` makes a table of the result.
 
     Raises:
       TypeError: A tree has other leaves.
-      ValueError: The trees are of different layers or features.
+      ValueError: The trees have different layers or features.
 
     Example:
       >>> import jaxbn, jax.numpy as jnp
@@ -94,7 +94,7 @@ def drift(stats: Any, moments: Any, *, epsilon: float = 1e-5) -> Any:
     require_same_layers(stats, moments)
 
     def of_layer(old: State, m: Moments) -> Drift:
-        # (A renorm's variances include it.)
+        # (The variances of renorm include epsilon.)
         own = 0.0 if isinstance(old, RenormStats) else epsilon
         return _drift(as_stats(old), without_groups(m, old), own)
 
@@ -111,7 +111,7 @@ def _drift(stats: RunningStats, m: Moments, epsilon: float) -> Drift:
     distance = jnp.square(jnp.abs(apart))
     shift = jnp.abs(apart) if jnp.iscomplexobj(apart) else apart
     count = whole_count(m)
-    # Not (s²/σ² + σ²/s²)/2 − 1, which cancels where the two are near.
+    # Not (s²/σ² + σ²/s²)/2 − 1, which cancels where the two are close.
     kl = ((s2 - var) / s2 * ((s2 - var) / var) + distance / s2 + distance / var) / 2
 
     def known(value: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Precise batch norm: running statistics measured anew."""
+"""Precise batch norm: recomputes running statistics."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -33,45 +33,43 @@ def recalibrate(
     estimator: str = "pooled",
     unbiased: bool = False,
 ) -> Any:
-    """Running statistics measured anew, for the weights as they are now (Precise BN).
+    """Recomputes running statistics for the current weights (Precise BN).
 
         "pooled":   mean, var = those of all batches together
         "average":  mean = average of the batches' means, var = average of their vars
 
-    The running average of training is of weights that have changed since, and of few
-    batches. After training, after averaging weights (EMA, SWA) and after pruning or
-    quantizing them, the statistics of the weights that are used can be measured on some
-    1000 to 10 000 examples. In the first layer "pooled" is what one batch of all the
-    data would give, whatever the sizes of the batches; in later ones it is that of
-    inputs which were normalized batch by batch, if `moments_fn` runs the network in
-    training.
+    The running average of training covers few batches, with weights that have changed
+    since. After training, after averaging weights (EMA, SWA) and after pruning or
+    quantizing them, the statistics can be measured with the final weights, on about
+    1000 to 10 000 examples. In the first layer, "pooled" equals the statistics of one
+    batch of all the data, whatever the batch sizes. In later layers, its inputs were
+    normalized batch by batch, if `moments_fn` runs the network in training mode.
 
     Args:
-      moments_fn: Called with each batch, returns a tree of `Moments`, always of the
+      moments_fn: Called with each batch, returns a tree of `Moments`, always with the
         same layers. `jaxbn.linen.moments_fn` and `jaxbn.nnx.moments_fn` make one. It
         may be compiled, and batches may be sharded over devices and processes.
-      batches: Any iterable of what `moments_fn` takes; `tqdm(batches)` shows progress.
-        One batch is in memory at a time.
-      stats: A tree of the states that the layers have now, with those layers that
-        `moments_fn` returns: the result is of their kinds, shapes and dtypes. Layers of
-        `jaxbn.layers` need it (`renorm`, `domain`, stacked ones); `jaxbn.linen` and
+      batches: Any iterable of arguments for `moments_fn`; `tqdm(batches)` shows
+        progress. One batch is in memory at a time.
+      stats: A tree of the layers' current states, with the layers that `moments_fn`
+        returns. The result has the same kinds, shapes and dtypes. Some layers of
+        `jaxbn.layers` need it (`renorm`, `domain`, stacked layers); `jaxbn.linen` and
         `jaxbn.nnx` do the same in `load_stats`.
-      estimator: "pooled" weighs every example alike, and includes the variance between
-        batches. "average" weighs every batch alike, and leaves it out.
-      unbiased: Take variances times n/(n − 1), with n of all the data or, for
-        "average", of each batch.
+      estimator: "pooled" weighs every example equally, and includes the variance
+        between batches. "average" weighs every batch equally, and leaves it out.
+      unbiased: Whether to multiply variances by n/(n − 1), where n counts all the data
+        or, for "average", each batch.
 
     Returns:
-      A tree of `RunningStats` like the one that `moments_fn` returns, or one like
-      `stats`; each `step` is the number of batches. `jaxbn.linen.load_stats` and
+      A tree of `RunningStats` like the tree from `moments_fn`, or a tree like `stats`.
+      Each `step` is the number of batches. `jaxbn.linen.load_stats` and
       `jaxbn.nnx.load_stats` put it into a model.
 
     Raises:
-      TypeError: What `moments_fn` returns has other leaves than `Moments`, `stats` has
-        others than states, or `batches` is an array or a dict.
+      TypeError: The result of `moments_fn` has leaves other than `Moments`, `stats` has
+        leaves other than states, or `batches` is an array or a dict.
       ValueError: There is no batch, a layer has seen no data, batches have different
-        layers, `stats` are of other layers or features, or there is no such
-        `estimator`.
+        layers, `stats` has different layers or features, or `estimator` is unknown.
 
     Example:
       >>> import jaxbn, jax.numpy as jnp
@@ -97,7 +95,7 @@ def recalibrate(
     def stats_of(m: Moments) -> RunningStats:
         m = m._replace(count=whole_count(m))
         fresh = init_stats(m.mean.shape, dtype=m.mean.dtype)
-        like = RunningStats(m.mean, m.var, fresh.step)  # As they are sharded.
+        like = RunningStats(m.mean, m.var, fresh.step)  # For the sharding.
         fresh = jax.tree.map(_devices.shard_like, fresh, like)
         return update(fresh, m, momentum=0.0, unbiased=unbiased)
 
@@ -131,7 +129,7 @@ def recalibrate(
 
 
 def _one(statistic: jax.Array, m: Moments) -> Moments:
-    """A statistic of a batch as one sample of its own, or none if it had no data."""
+    """A statistic of a batch as a single sample, or as none if it had no data."""
     weight = (whole_count(m) > 0).astype(m.count.dtype)
     return Moments(statistic, jnp.zeros_like(m.var), weight)
 

@@ -23,7 +23,7 @@ HEADER = (
 
 
 def summary(drifts: Any) -> str:
-    """What `drift` returns, as a table with a row for each layer.
+    """Formats the result of `drift` as a table with a row for each layer.
 
     Args:
       drifts: A tree of `Drift`.
@@ -31,11 +31,11 @@ def summary(drifts: Any) -> str:
     Returns:
       A Markdown table that lines up as plain text: for each layer the median and
       largest symmetric KL divergence of its channels, the largest mean shift in running
-      standard deviations, the smallest and largest variance ratio, and how many
-      channels are dead or not finite.
+      standard deviations, the smallest and largest variance ratio, and the number of
+      channels that are dead or not finite.
 
     Raises:
-      TypeError: The tree has other leaves than `Drift`.
+      TypeError: The tree has leaves other than `Drift`.
 
     Example:
       >>> import jaxbn, jax.numpy as jnp

@@ -18,7 +18,7 @@ STATES = (RunningStats, RenormStats)
 
 
 def named_layers(name: str, tree: Any, *kinds: type) -> dict[str, Any]:
-    """The layers of a tree, by their paths; refused where a leaf is of another kind."""
+    """The layers of a tree, by path; raises if a leaf is not one of `kinds`."""
     found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_layer)
     for path, leaf in found:
         if not isinstance(leaf, kinds):
@@ -35,24 +35,24 @@ def named_layers(name: str, tree: Any, *kinds: type) -> dict[str, Any]:
 
 
 def map_layers(function: Callable, tree: Any, *rest: Any) -> Any:
-    """`function` of the layers at each place of the trees."""
+    """Applies `function` to the layers at each place of the trees."""
     return jax.tree.map(function, tree, *rest, is_leaf=_is_layer)
 
 
 def as_stats(state: State) -> RunningStats:
-    """A layer's state as a mean and a variance: of a renorm's, its std squared."""
+    """A layer's state as mean and variance, which is std squared for renorm."""
     return model_stats.as_running_stats(state._asdict())
 
 
 def as_state(like: State, stats: RunningStats) -> Any:
-    """The inverse: a state of the kind, the shapes and the dtypes of `like`."""
+    """The inverse: a state with the kind, shapes and dtypes of `like`."""
     return type(like)(**model_stats.as_kept(like._asdict(), stats))
 
 
 def without_groups(m: Moments, state: State) -> Moments:
-    """The moments as a state has them: those of a layer's groups pooled, if it has any.
+    """Pools the moments of a layer's groups, if it has any, to match its state.
 
-    So are those of a ghost batch norm with `update_per_group`.
+    A ghost batch norm with `update_per_group` has such groups.
     """
     if not _has_groups(m, state):
         return m
@@ -61,7 +61,7 @@ def without_groups(m: Moments, state: State) -> Moments:
 
 
 def require_same_layers(stats: Any, moments: Any) -> None:
-    """Refuses states and moments that are not of the same layers."""
+    """Raises unless states and moments belong to the same layers."""
     ours = named_layers("stats", stats, *STATES)
     theirs = named_layers("moments", moments, Moments)
     if set(ours) != set(theirs):
@@ -88,14 +88,14 @@ def require_same_layers(stats: Any, moments: Any) -> None:
 
 
 def _has_groups(m: Moments, state: State) -> bool:
-    """Whether the moments have one axis more, behind those of stacked layers."""
+    """Whether the moments have one more axis, after the axes of stacked layers."""
     shape, axis = np.shape(m.mean), np.ndim(state.step)
     fits = (*shape[:axis], *shape[axis + 1 :]) == np.shape(state.mean)
     return fits and len(shape) > np.ndim(state.mean)
 
 
 def require_weight(moments: Any, remedy: str) -> None:
-    """Refuses moments that lack data, where counts are known."""
+    """Raises for moments without data, if counts are known."""
     for name, m in named_layers("moments", moments, Moments).items():
         if isinstance(m.count, Tracer):
             continue
@@ -115,7 +115,7 @@ def require_weight(moments: Any, remedy: str) -> None:
 
 
 def path_name(path: Iterable[Any]) -> str:
-    """A path as words with slashes between them."""
+    """A path as words joined by slashes."""
     return "/".join(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
