@@ -1,8 +1,8 @@
-"""Other libraries: their checkpoints, their call signatures, what they need to know.
+"""Interoperation with other libraries: checkpoints, call signatures and optimizers.
 
-`torch`, `keras`, `haiku`, `equinox`, `flax` and `praxis` turn the arrays of a batch
-norm, or of all in a model, into `(params, stats)`, as `jaxbn.layers.standard` has them,
-and back, and constructor arguments into options. None of these libraries is imported.
+`torch`, `keras`, `haiku`, `equinox`, `flax` and `praxis` convert the arrays of one or
+all batch norms of a model to `(params, stats)`, as in `jaxbn.layers.standard`, and
+back, and constructor arguments to options. None of these libraries is imported.
 """
 
 from jaxbn.interop import equinox as equinox

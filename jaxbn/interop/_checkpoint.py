@@ -1,7 +1,7 @@
-"""Arrays of another library's checkpoint: read and checked, or to be written.
+"""Reads, checks and writes the arrays of another library's checkpoint.
 
-The state of a layer is `(params, stats)` as `jaxbn.layers.standard` has it. What a
-library calls its arrays is a table from its names to ours.
+The state of a layer is `(params, stats)` as in `jaxbn.layers.standard`. A table maps a
+library's names of arrays to ours.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ Converted = tuple[Params, RunningStats]
 
 
 def read(arrays: Arrays, names: Mapping[str, str], at: str = "") -> Found:
-    """The arrays by our names, as NumPy's. None is an array that is not there."""
+    """The arrays by our names, as NumPy arrays. None stands for a missing array."""
     _checks.require_keys(arrays, names, at)
     found = {
         ours: _values.leaf(at + theirs, arrays[theirs])
@@ -33,9 +33,9 @@ def read(arrays: Arrays, names: Mapping[str, str], at: str = "") -> Found:
 
 
 def given(params: Any, stats: RunningStats, spread: str = "var") -> Found:
-    """Parameters and statistics of a layer as one dict of NumPy arrays, checked.
+    """Checks parameters and statistics; returns them as one dict of NumPy arrays.
 
-    `spread` is what the variance was made of, as errors have it.
+    `spread` is the name in errors of the field that the variance was computed from.
     """
     if not isinstance(stats, RunningStats):
         raise TypeError(
@@ -56,7 +56,7 @@ def given(params: Any, stats: RunningStats, spread: str = "var") -> Found:
 
 
 def layer_state(found: Found, names: Mapping[str, str], at: str = "") -> Converted:
-    """What was read, as the parameters and statistics of a layer."""
+    """Turns the arrays read into the parameters and statistics of a layer."""
     made = {
         ours: _values.to_device(at + theirs, found[ours])
         for theirs, ours in names.items()
@@ -70,9 +70,9 @@ def layer_state(found: Found, names: Mapping[str, str], at: str = "") -> Convert
 def read_variance(
     found: Found, key: str, *, unbiased: bool, to_unbiased: bool, count: float | None
 ) -> Found:
-    """What was read, its running variance of the convention that jaxbn shall have.
+    """Converts the running variance read to the convention wanted in jaxbn.
 
-    `unbiased` is the other library's convention, `to_unbiased` what the user says.
+    `unbiased` is the other library's convention, `to_unbiased` the user's choice.
     """
     _checks.require_conversion(key, unbiased, to_unbiased, count, unbiased)
     return _converted(found, key, to_unbiased, count)
@@ -81,9 +81,9 @@ def read_variance(
 def written_variance(
     found: Found, *, unbiased: bool, to_unbiased: bool, count: float | None
 ) -> Found:
-    """What is to be written, its running variance of the other library's convention.
+    """Converts the running variance to write to the other library's convention.
 
-    `unbiased` is what the user says of jaxbn's, `to_unbiased` the other library's.
+    `unbiased` is the user's statement about jaxbn's, `to_unbiased` the library's.
     """
     key = "stats.var"
     _checks.require_conversion(key, unbiased, to_unbiased, count, to_unbiased)

@@ -1,4 +1,4 @@
-"""What is refused in a checkpoint or an option, and how it is said."""
+"""Checks of checkpoints and options, with their error messages."""
 
 import operator
 import reprlib
@@ -13,7 +13,7 @@ from jaxbn.interop import _trees
 
 
 def require_keys(arrays: Any, names: Mapping[str, str], at: str) -> None:
-    """Refuses what lacks the statistics, or has what is not known."""
+    """Raises if the statistics are missing, or if a key is unknown."""
     what = f"a dict of arrays with the keys {list(names)}"
     _trees.require_dict(at or "arrays", arrays, what)
     present = {key for key, value in arrays.items() if value is not None}
@@ -28,7 +28,7 @@ def require_keys(arrays: Any, names: Mapping[str, str], at: str) -> None:
 
 
 def require_layer(keys: Mapping[str, str], found: Mapping[str, np.ndarray]) -> None:
-    """Refuses shapes that differ, and what no statistic can be."""
+    """Raises for shapes that differ, and for invalid values of statistics."""
     shape = found["mean"].shape
     for name, array in found.items():
         if name == "step":
@@ -51,13 +51,13 @@ def require_layer(keys: Mapping[str, str], found: Mapping[str, np.ndarray]) -> N
 
 
 def require_floating(key: str, array: np.ndarray) -> None:
-    """Refuses whole numbers and truth values."""
+    """Raises for integers and booleans."""
     if not jnp.issubdtype(array.dtype, jnp.inexact):
         raise TypeError(f"`{key}` must be floating, got {array.dtype}.")
 
 
 def require_count(key: str, array: np.ndarray) -> None:
-    """Refuses what no number of updates can be."""
+    """Raises unless the array is a valid number of updates."""
     whole = array.shape == () and not np.iscomplexobj(array)
     if not whole or not 0 <= array < 2**31 or array % 1 != 0:
         stacked = " Of stacked layers, index the first axis." if array.ndim else ""
@@ -68,7 +68,7 @@ def require_count(key: str, array: np.ndarray) -> None:
 
 
 def require_at_least_0(key: str, array: np.ndarray) -> None:
-    """Refuses a variance or deviation that is negative, NaN, infinite or complex."""
+    """Raises if a variance or deviation is negative, NaN, infinite or complex."""
     if np.iscomplexobj(array):
         raise TypeError(f"`{key}` must be real, got {array.dtype}.")
     bad = ~((array >= 0) & np.isfinite(array))
@@ -82,7 +82,7 @@ def require_at_least_0(key: str, array: np.ndarray) -> None:
 
 
 def require_vectors(found: Mapping[str, Any], library: str) -> None:
-    """Refuses several feature axes, which others have not."""
+    """Raises for several feature axes, which other libraries do not have."""
     if found["mean"].ndim != 1:
         raise ValueError(
             f"`stats.mean` has shape {found['mean'].shape}, but {library} has one "
@@ -92,7 +92,7 @@ def require_vectors(found: Mapping[str, Any], library: str) -> None:
 
 
 def require_features(key: str, found: Mapping[str, Any]) -> None:
-    """Refuses statistics that are single numbers, of no feature axis."""
+    """Raises for scalar statistics, without a feature axis."""
     if found["mean"].ndim == 0:
         raise ValueError(
             f"`{key}` has shape (), expected a value for each feature. Pass arrays of "
@@ -101,7 +101,7 @@ def require_features(key: str, found: Mapping[str, Any]) -> None:
 
 
 def require_step(found: Mapping[str, Any], library: str) -> None:
-    """Refuses a step 0 of statistics that have moved, which would be forgotten."""
+    """Raises for step 0 with statistics that have moved: they would be forgotten."""
     moved = np.any(found["mean"] != 0) or np.any(found["var"] != 1)
     if moved and found["step"] == 0:
         raise ValueError(
@@ -112,7 +112,7 @@ def require_step(found: Mapping[str, Any], library: str) -> None:
 
 
 def require_share(name: str, value: Any, *, below_1: bool = False) -> float:
-    """The momentum as Python's number. Refuses what is none from 0 to 1."""
+    """The momentum as a Python float; raises unless it is a number from 0 to 1."""
     share = _number(value)
     if not 0 <= share <= 1:
         raise ValueError(
@@ -127,7 +127,7 @@ def require_share(name: str, value: Any, *, below_1: bool = False) -> float:
 
 
 def require_not_negative(name: str, value: Any) -> float:
-    """The epsilon as Python's number. Refuses what is below 0 or not finite."""
+    """The epsilon as a Python float; raises if it is below 0 or not finite."""
     number = _number(value)
     if not 0 <= number < np.inf:
         raise ValueError(
@@ -137,7 +137,7 @@ def require_not_negative(name: str, value: Any) -> float:
 
 
 def require_flags(**flags: Any) -> None:
-    """Refuses what is neither True nor False."""
+    """Raises unless all flags are True or False."""
     for name, value in flags.items():
         if not isinstance(value, (bool, np.bool_)):
             raise TypeError(
@@ -146,7 +146,7 @@ def require_flags(**flags: Any) -> None:
 
 
 def require_rank(name: str, value: Any) -> int:
-    """The rank as Python's number. Refuses what no array has."""
+    """The rank as a Python int; raises if no array has such a rank."""
     try:
         rank = operator.index(value)
     except TypeError:
@@ -161,7 +161,7 @@ def require_rank(name: str, value: Any) -> int:
 def require_conversion(
     key: str, unbiased: bool, to_unbiased: bool, count: Any, as_it_is: bool
 ) -> None:
-    """Refuses a count that is missing, not needed, or no count."""
+    """Raises if the count is missing, not needed, or not a count."""
     for value in (unbiased, to_unbiased):
         require_flags(unbiased=value)
     if unbiased == to_unbiased:
@@ -185,7 +185,7 @@ def require_conversion(
 
 
 def counts_of(layers: Mapping[str, Any], count: Any) -> dict[str, Any]:
-    """The count of each layer; a dict that names others than these is refused."""
+    """The count of each layer; raises for a dict that names unknown layers."""
     if isinstance(count, Mapping) and set(count) - set(layers):
         others = sorted(set(count) - set(layers), key=str)
         raise ValueError(
@@ -197,7 +197,7 @@ def counts_of(layers: Mapping[str, Any], count: Any) -> dict[str, Any]:
 
 
 def _number(value: Any) -> float:
-    """A number as Python's; of what is none, NaN."""
+    """A number as a Python float; NaN for anything else."""
     if not isinstance(value, Real) or isinstance(value, (bool, np.bool_)):
         return np.nan
     try:

@@ -1,4 +1,4 @@
-"""What Equinox keeps of a batch norm: found in a model, read, and undone."""
+"""Finds and reads the arrays of Equinox's batch norms, and debiases them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,10 +15,10 @@ EMA = ("ema_first_time_index", "ema_state_index")
 
 
 def layers_of(model: Any) -> dict[str, Any]:
-    """The batch norms of a model, by their paths."""
+    """The batch norms of a model, by path."""
     try:
         leaves = jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_batch_norm)
-    except (TypeError, ValueError) as error:  # Keys that have no order.
+    except (TypeError, ValueError) as error:  # Keys without an order.
         raise ValueError(f"`model` must be a tree, as JAX has them: {error}") from error
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): node
@@ -28,14 +28,14 @@ def layers_of(model: Any) -> dict[str, Any]:
 
 
 def arrays_of(layer: Any, state: Any, at: str) -> dict[str, Any]:
-    """The arrays of a layer, the running ones out of the model's state."""
+    """The arrays of a layer; running statistics come from the model's state."""
     fields = BATCH if layer.mode == "batch" else EMA
     kept = {name: _in_state(state, getattr(layer, name), at + name) for name in fields}
     return {"weight": layer.weight, "bias": layer.bias, **kept}
 
 
 def fields_of(arrays: Arrays) -> tuple[dict[str, Any], tuple[str, str]]:
-    """The arrays that are there, and the fields of their mode."""
+    """The arrays that are present, and the fields of their mode."""
     what = "a dict by the layer's fields"
     hint = f"Take {list(BATCH)} out of the state, by `state.get(layer.batch_counter)`."
     given = _trees.require_dict("arrays", arrays, what, hint)
@@ -51,13 +51,13 @@ def fields_of(arrays: Arrays) -> tuple[dict[str, Any], tuple[str, str]]:
 
 
 def names_of(fields: tuple[str, str]) -> dict[str, str]:
-    """Equinox' names and ours; its pair is read as two arrays."""
+    """Maps Equinox's names to ours; its pair is read as two arrays."""
     counter, pair = fields
     return NAMES | {f"{pair}[0]": "mean", f"{pair}[1]": "var", counter: "step"}
 
 
 def read(arrays: Arrays, fields: tuple[str, str], at: str) -> Found:
-    """Parameters, mean, var and, as `step`, the counter or whether there was a step."""
+    """Parameters, mean, var, and `step`: the counter, or whether there was a step."""
     counter, pair = fields
     hidden = arrays[pair]
     if not isinstance(hidden, (tuple, list)) or len(hidden) != 2:
@@ -70,7 +70,7 @@ def read(arrays: Arrays, fields: tuple[str, str], at: str) -> Found:
     if fields == EMA:
         first = _flag(at + counter, arrays[counter])
         rest[counter] = int(not first)
-        if first:  # Nothing is set yet, and anything may be in them.
+        if first:  # Nothing is set yet, so the arrays may hold anything.
             like = _values.leaf(f"{at}{pair}[0]", hidden[0])
             fresh = np.zeros_like(like), np.ones_like(like)
             parts = dict(zip(parts, fresh, strict=True))
@@ -78,7 +78,7 @@ def read(arrays: Arrays, fields: tuple[str, str], at: str) -> Found:
 
 
 def debiased(found: Found, momentum: float | None, correct: bool, pair: str) -> Found:
-    """What mode "batch" normalizes with, out of its hidden values."""
+    """The statistics that mode "batch" normalizes with, from its hidden values."""
     if momentum is None:
         raise ValueError(
             "`momentum` is needed in mode 'batch': what Equinox keeps is to be divided "
@@ -90,7 +90,7 @@ def debiased(found: Found, momentum: float | None, correct: bool, pair: str) -> 
         return found
     hidden = [found["mean"], found["var"]]
     if correct:
-        # Rounding may leave less than nothing of what was 1 at the start.
+        # Rounding may make the difference negative.
         hidden[1] = np.maximum(hidden[1] - np.asarray(kept, hidden[1].dtype), 0)
     with np.errstate(over="ignore"):
         mean, var = (v / (1 - kept) for v in hidden)
@@ -100,7 +100,7 @@ def debiased(found: Found, momentum: float | None, correct: bool, pair: str) -> 
 
 
 def _is_batch_norm(node: Any) -> bool:
-    """By its fields, so that a subclass is one, whatever it is called."""
+    """Recognizes a batch norm by its fields, so subclasses count under any name."""
     return all(hasattr(node, name) for name in (*BATCH, *EMA, "momentum", "mode"))
 
 
@@ -112,7 +112,7 @@ def _in_state(state: Any, index: Any, key: str) -> Any:
         )
     try:
         return state.get(index)
-    except Exception as error:  # Of another model, or an old one.
+    except Exception as error:  # From another model, or outdated.
         raise ValueError(
             f"`state` has no `{key}`: {error}. Pass the newest state of this model."
         ) from error

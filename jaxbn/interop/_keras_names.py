@@ -1,7 +1,7 @@
-"""What Keras and TensorFlow call the variables of a batch norm, in every format.
+"""The names of a batch norm's variables in Keras and TensorFlow, in every format.
 
 A variable is `bn/gamma` in `model.weights`, `bn/gamma:0` in tf.keras 2, `vars/0` in a
-.weights.h5 file, and has a suffix in the checkpoints of TensorFlow.
+.weights.h5 file, and has a suffix in TensorFlow checkpoints.
 """
 
 import re
@@ -23,7 +23,8 @@ MARKS = {"moving_mean", "moving_variance", *RENORM}
 SUFFIX = re.compile(
     r"(:\d+|/\.ATTRIBUTES/VARIABLE_VALUE|/ExponentialMovingAverage|/EMA)+$"
 )
-# As .weights.h5 has it for a layer of any name, in a Sequential or functional model.
+# The name in a .weights.h5 file for a layer of any name, in a Sequential or functional
+# model.
 IN_A_FILE = re.compile(r"(.*/)?batch_normalization(_\d+)?")
 
 BY_NAME = "{v.name: v for v in layer.weights}"
@@ -31,11 +32,11 @@ AVERAGES = (
     "{k: v for k, v in arrays.items() if f'{k}/ExponentialMovingAverage' not in arrays}"
 )
 
-Keys = dict[str, str]  # Keras' name of a variable to the key that it came under.
+Keys = dict[str, str]  # Keras' name of a variable to its key.
 
 
 def keys_of(keys: Iterable[str]) -> Keys:
-    """The keys of one layer by Keras' names."""
+    """The keys of one layer, by Keras' names."""
     found: Keys = {}
     for key in keys:
         _, name = _parsed(key)
@@ -54,7 +55,7 @@ def keys_of(keys: Iterable[str]) -> Keys:
 
 
 def named(variables: Sequence[Any]) -> dict[str, Any]:
-    """The variables of one layer by Keras' names, in the order of `layer.weights`."""
+    """The variables of one layer, by Keras' names, in the order of `layer.weights`."""
     names = [*NAMES, *RENORM]
     orders = {len(o): o for o in (names[2:4], names[:4], names[2:], names)}
     number = len(variables)
@@ -87,7 +88,7 @@ def _is_batch_norm(layer: str, variables: Mapping[str, Any]) -> bool:
         return not MARKS.isdisjoint(names)
     if IN_A_FILE.fullmatch(layer):
         return bool(names)
-    # No other layer has as many vectors of one length.
+    # No other layer has this many vectors of equal length.
     shapes = {getattr(value, "shape", None) for value in there.values()}
     shape = shapes.pop() if len(shapes) == 1 else None
     return len(names) > 2 and shape is not None and len(shape) == 1

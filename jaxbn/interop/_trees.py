@@ -1,4 +1,4 @@
-"""The dicts that checkpoints are: checked, flattened, and parted into layers."""
+"""Checkpoints as dicts: checks them, flattens them, and splits them into layers."""
 
 import reprlib
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from typing import Any
 def require_dict(
     name: str, tree: Any, what: str = "a dict", hint: str = ""
 ) -> Mapping[str, Any]:
-    """Refuses what is no dict, or has a key that is no string."""
+    """Raises unless `tree` is a dict with only string keys."""
     if not isinstance(tree, Mapping):
         got = type(tree).__name__
     else:
@@ -20,7 +20,7 @@ def require_dict(
 
 
 def flat(name: str, tree: Any, what: str = "a dict", hint: str = "") -> dict[str, Any]:
-    """A nested dict as one, whose keys are paths: "block/norm/gamma"."""
+    """Flattens a nested dict to one whose keys are paths: "block/norm/gamma"."""
     found: dict[str, Any] = {}
     for key, value in require_dict(name, tree, what, hint).items():
         if isinstance(value, Mapping):
@@ -32,7 +32,7 @@ def flat(name: str, tree: Any, what: str = "a dict", hint: str = "") -> dict[str
 
 
 def by_layer(flat: Mapping[str, Any], separator: str) -> dict[str, dict[str, Any]]:
-    """The arrays of each layer by their names, out of a dict by paths."""
+    """Splits a dict of arrays by path into a dict by name for each layer."""
     layers: dict[str, dict[str, Any]] = {}
     for key, value in flat.items():
         layer, _, name = key.rpartition(separator)
@@ -41,7 +41,7 @@ def by_layer(flat: Mapping[str, Any], separator: str) -> dict[str, dict[str, Any
 
 
 def require_way(name: str, flat: Mapping[str, Any], path: str) -> None:
-    """Refuses a value in place of a dict on the way to a layer, in another tree."""
+    """Raises if another tree has a value instead of a dict on the path to a layer."""
     parts = path.split("/")
     for depth in range(1, len(parts) + 1):
         above = "/".join(parts[:depth])

@@ -1,4 +1,4 @@
-"""One value of a checkpoint: as a NumPy array, or refused by its key."""
+"""Converts one value of a checkpoint to a NumPy array; errors name its key."""
 
 import reprlib
 from typing import Any
@@ -9,17 +9,17 @@ import numpy as np
 
 
 def leaf(key: str, value: Any) -> np.ndarray:
-    """An array of numbers as NumPy has it, in a dtype of JAX's, 32 bits at least."""
+    """An array of numbers as a NumPy array; floats have at least 32 bits."""
     try:
         array = np.asarray(_on_host(value))
     except Exception as error:
-        # Another library's own: of a meta tensor, of an array that was deleted.
+        # The other library's own error, for a meta tensor or a deleted array.
         raise TypeError(
             f"`{key}` must be an array with known values, got {type(value).__name__}: "
             f"{error}"
         ) from error
     numbers = jnp.issubdtype(array.dtype, jnp.number) or array.dtype == np.bool_
-    if not numbers or array.dtype.kind == "m":  # A time is an integer to NumPy.
+    if not numbers or array.dtype.kind == "m":  # NumPy treats times as integers.
         raise TypeError(
             f"`{key}` must be an array of numbers, got {reprlib.repr(value)} of dtype "
             f"{array.dtype}."
@@ -33,7 +33,7 @@ def leaf(key: str, value: Any) -> np.ndarray:
 
 
 def held(key: str, array: np.ndarray, dtype: Any) -> np.ndarray:
-    """The array in another dtype. Refuses what is too large for it."""
+    """Casts the array to another dtype; raises if a value is too large for it."""
     with np.errstate(over="ignore", invalid="ignore"):
         kept = array.astype(dtype, copy=False)
     require_finite(key, kept, array)
@@ -41,7 +41,7 @@ def held(key: str, array: np.ndarray, dtype: Any) -> np.ndarray:
 
 
 def require_finite(key: str, kept: np.ndarray, before: np.ndarray) -> None:
-    """Refuses what was finite before it was converted, and is so no more."""
+    """Raises if a value was finite before its conversion, and no longer is."""
     lost = np.isfinite(before) & ~np.isfinite(kept)
     if np.any(lost):
         where = int(np.argmax(lost))
@@ -54,27 +54,27 @@ def require_finite(key: str, kept: np.ndarray, before: np.ndarray) -> None:
 
 
 def to_device(key: str, array: np.ndarray) -> jax.Array:
-    """The array as JAX's, in float32 where 64 bits are switched off."""
+    """Converts to a JAX array, in float32 if 64 bits are switched off."""
     return jnp.asarray(held(key, array, jax.dtypes.canonicalize_dtype(array.dtype)))
 
 
 def _on_host(value: Any) -> Any:
-    if hasattr(value, "unbox"):  # Flax's, with metadata around it.
+    if hasattr(value, "unbox"):  # Flax wraps values with metadata.
         value = value.unbox()
-    if hasattr(value, "detach"):  # torch's: NumPy takes none that has a gradient,
+    if hasattr(value, "detach"):  # torch: NumPy takes no tensors with a gradient,
         value = value.detach().cpu()
         if value.is_floating_point() and value.element_size() < 4:
-            value = value.float()  # and none in bfloat16 or float8.
+            value = value.float()  # and no bfloat16 or float8.
     return value
 
 
 def _dtype(dtype: np.dtype) -> Any:
-    """The dtype to keep: no narrow floats and integers, no long ones, native order."""
+    """The dtype to keep: no narrow or long floats, no int4, native byte order."""
     if jnp.issubdtype(dtype, jnp.floating):
         return np.float32 if dtype.itemsize < 4 else _at_most_64(dtype, np.float64)
     if jnp.issubdtype(dtype, jnp.complexfloating):
         return _at_most_64(dtype, np.complex128)
-    own = dtype.kind in "iub"  # Not int4, nor what else JAX has and NumPy has not.
+    own = dtype.kind in "iub"  # Not int4 or other JAX-only dtypes.
     return dtype.newbyteorder("=") if own else np.int32
 
 

@@ -1,7 +1,7 @@
-"""Equinox' batch norm: its options and its arrays.
+"""Equinox's batch norm: its options and its arrays.
 
-Equinox itself is not imported. The arrays of a layer are those of its fields: weight
-and bias as they are, the others out of the model's `State`.
+Equinox itself is not imported. The arrays of a layer are its fields: weight and bias
+themselves, and the others from the model's `State`.
 
 | | Equinox | jaxbn |
 | --- | --- | --- |
@@ -32,27 +32,27 @@ def options(
     momentum: float = 0.99,
     mode: str = "batch",
 ) -> dict[str, Any]:
-    """The arguments of `equinox.nn.BatchNorm`, as jaxbn's options.
+    """Converts the arguments of `equinox.nn.BatchNorm` to jaxbn's options.
 
         mode "batch": momentum(jaxbn) = debiased(momentum)      "ema": momentum
 
     Args:
       eps: Added to the variance.
-      channelwise_affine: Whether there are weight and bias.
+      channelwise_affine: Whether there are a weight and a bias.
       momentum: The weight of the old value.
-      mode: "batch" or "ema". With the second, `jaxbn.layers.standard` moves the
-        statistics as Equinox does, but normalizes training by the batch. For training
-        by the running statistics pass `momentum` to `jaxbn.layers.streaming`, which
-        counts the variance between batches as well.
+      mode: "batch" or "ema". With "ema", `jaxbn.layers.standard` updates the statistics
+        like Equinox, but normalizes by the batch in training. To normalize by the
+        running statistics in training, pass `momentum` to `jaxbn.layers.streaming`,
+        which also includes the variance between batches.
 
     Returns:
-      Options for `jaxbn.layers.standard` and both `BatchNorm` modules. In Equinox'
+      Options for `jaxbn.layers.standard` and both `BatchNorm` modules. In Equinox's
       `vmap` add `feature_axes=0` and the `axis_name`.
 
     Raises:
       TypeError: `channelwise_affine` is neither True nor False.
       ValueError: `momentum` is not from 0 to 1 (below 1 in mode "batch"), `eps` is
-        negative or not finite, or `mode` neither of the two.
+        negative or not finite, or `mode` is neither of the two.
 
     Example:
       >>> import jaxbn
@@ -84,38 +84,38 @@ def to_jaxbn(
     unbiased: bool = False,
     count: float | None = None,
 ) -> Converted:
-    """The arrays of one `equinox.nn.BatchNorm` as parameters and statistics of jaxbn.
+    """Converts the arrays of one `equinox.nn.BatchNorm` to parameters and statistics.
 
     Equinox starts its hidden variance at 1 and divides it by 1 − momentum^counter as if
-    it had started at 0, so that at inference the variance is too large by
+    it had started at 0. At inference the variance is therefore too large by
 
         momentum^counter / (1 − momentum^counter)
 
-    which is 99 after one step of momentum 0.99, and 0.58 after a hundred. What it
-    normalizes with is kept, unless `correct` asks for the truth.
+    which is 99 after one step of momentum 0.99, and 0.58 after a hundred. The result
+    keeps this error, and so Equinox's inference, unless `correct` is True.
 
     Args:
-      arrays: A dict by the layer's fields: `weight` and `bias` where there are any;
-        and `batch_counter` and `batch_state_index`, or `ema_first_time_index` and
-        `ema_state_index`, each as `state.get(layer.batch_counter)` has it. Those that
+      arrays: A dict by the layer's fields: `weight` and `bias` if it has them; and
+        `batch_counter` and `batch_state_index`, or `ema_first_time_index` and
+        `ema_state_index`, as returned by `state.get(layer.batch_counter)`. Fields that
         are None in the layer may be left out.
-      momentum: The layer's, in mode "batch", where it is needed, and only there.
-      correct: Take Equinox' initial 1 out of the variance (mode "batch" only).
-        Inference differs then, for the better.
-      unbiased: Whether the layer that goes on from here tracks the unbiased variance.
-        Equinox does not; True takes var·n/(n − 1).
-      count: That n, the number of values per feature in a training batch; with
-        `unbiased=True` only.
+      momentum: The layer's momentum; needed in mode "batch", and only there.
+      correct: Whether to remove Equinox's initial 1 from the variance (mode "batch"
+        only). Inference then differs, for the better.
+      unbiased: Whether the new layer tracks the unbiased variance. Equinox does not;
+        True converts to var·n/(n − 1).
+      count: n, the number of values per feature in a training batch; only with
+        `unbiased=True`.
 
     Returns:
       `(params, stats)`, as `init` of `jaxbn.layers.standard(**options(...))` returns
       them. Before the first update the statistics are mean 0 and variance 1.
 
     Raises:
-      TypeError: A value is no array of numbers.
-      ValueError: Keys are missing or not known, shapes differ, a variance is negative
-        or NaN, `momentum` is missing, not needed or not from 0 to 1, or `count` is
-        missing or not needed.
+      TypeError: A value is not an array of numbers.
+      ValueError: Keys are missing or unknown, shapes differ, a variance is negative or
+        NaN, `momentum` is missing, not needed or not from 0 to 1, or `count` is missing
+        or not needed.
 
     Example:
       >>> import jaxbn, numpy as np
@@ -148,19 +148,19 @@ def from_jaxbn(
     Args:
       params: "scale" and "bias", or neither.
       stats: The running statistics. Their `step` becomes the counter.
-      momentum: The layer's, for mode "batch"; None for mode "ema".
+      momentum: The layer's momentum for mode "batch"; None for mode "ema".
       unbiased: Whether the variance was tracked with `unbiased=True`. If so, Equinox
         needs var·(n − 1)/n.
-      count: That n; with `unbiased=True` only.
+      count: n; only with `unbiased=True`.
 
     Returns:
       A dict by the layer's fields, as `to_jaxbn` takes it: weight and bias for
       `eqx.tree_at`, the others for `state.set(layer.batch_counter, ...)`.
 
     Raises:
-      TypeError: `stats` is no `RunningStats`.
-      ValueError: There is one of scale and bias without the other, several feature
-        axes, a step 0 with statistics that have moved, or as for `to_jaxbn`.
+      TypeError: `stats` is not a `RunningStats`.
+      ValueError: Only one of scale and bias is given, there are several feature axes,
+        the step is 0 and the statistics have moved, or as for `to_jaxbn`.
 
     Example:
       >>> import jaxbn
@@ -206,24 +206,24 @@ def batch_norms(
     unbiased: bool = False,
     count: float | Mapping[str, float] | None = None,
 ) -> dict[str, Converted]:
-    """Every batch norm of an Equinox model, found by its fields.
+    """Converts every batch norm in an Equinox model, recognized by its fields.
 
     Args:
-      model: The model, with its arrays in it. Modes and momenta are read from its
+      model: The model, including its arrays. Modes and momenta are read from its
         layers.
-      state: The `eqx.nn.State` beside it.
-      correct: As for `to_jaxbn`, for the layers in mode "batch".
+      state: The model's `eqx.nn.State`.
+      correct: As for `to_jaxbn`, for layers in mode "batch".
       unbiased: As for `to_jaxbn`.
-      count: As for `to_jaxbn`; a dict by path where layers have different numbers.
+      count: As for `to_jaxbn`; a dict by path if it differs between layers.
 
     Returns:
       A dict from the path of a layer, such as "blocks/0/norm", to its `(params,
       stats)`.
 
     Raises:
-      TypeError: `state` is no state, or as for `to_jaxbn`.
-      ValueError: There is none, the state is not the model's, or as for `to_jaxbn`;
-        each names the field in full.
+      TypeError: `state` is not a state, or as for `to_jaxbn`.
+      ValueError: There is no batch norm, the state does not belong to the model, or as
+        for `to_jaxbn`; errors name the full path of the field.
 
     Example:
       >>> import jaxbn, numpy as np
@@ -283,7 +283,7 @@ def _to_jaxbn(
             "'ema', which keeps its averages as they are. Leave them out."
         )
     names = _arrays.names_of(fields)
-    # The pair's name: errors about a convention are about both.
+    # The pair's name, because errors about a convention concern both arrays.
     found = _checkpoint.read_variance(
         found, at + fields[1], unbiased=False, to_unbiased=unbiased, count=count
     )

@@ -1,4 +1,4 @@
-"""Flax's batch norms, linen's and nnx', and jaxbn's modules of the same variables.
+"""Flax's batch norms, in linen and nnx, and jaxbn's modules with the same variables.
 
 | | Flax | jaxbn |
 | --- | --- | --- |
@@ -6,9 +6,9 @@
 | running variance | biased | the same, unless `unbiased=True` |
 | axis | the feature axes | the same; `feature_axes` in functions |
 
-`jaxbn.linen.BatchNorm` and `jaxbn.nnx.BatchNorm` take Flax's checkpoints as they are.
-These functions are for the way between Flax's variables and the `(params, stats)` of
-jaxbn's functions, and so of every other library here.
+`jaxbn.linen.BatchNorm` and `jaxbn.nnx.BatchNorm` take Flax's checkpoints unchanged.
+These functions convert between Flax's variables and the `(params, stats)` of jaxbn's
+functions, and so of every other library here.
 """
 
 from collections.abc import Mapping
@@ -30,23 +30,23 @@ OF_NNX = "Of an nnx module, pass `nnx.to_pure_dict(nnx.state(module))`."
 def to_jaxbn(
     variables: Mapping[str, Any],
 ) -> Converted | tuple[Params, RenormStats]:
-    """The variables of one batch norm as parameters and statistics of jaxbn.
+    """Converts the variables of one batch norm to jaxbn's parameters and statistics.
 
     Args:
-      variables: Linen's: a dict with `batch_stats` (mean, var) and, where there are
-        any, `params` (scale, bias). Or a dict of these four without collections, as
-        `nnx.to_pure_dict(nnx.state(layer))` has them. `step` is read where there is
+      variables: Variables of linen: a dict with `batch_stats` (mean, var) and, if there
+        are any, `params` (scale, bias). Or a dict of these four without collections, as
+        returned by `nnx.to_pure_dict(nnx.state(layer))`. `step` is read if there is
         one.
 
     Returns:
       `(params, stats)`, as `init` of `jaxbn.layers.standard` returns them. The variance
-      is taken as it is; Flax tracks the biased one. Of jaxbn's `BatchRenorm`, as
-      `jaxbn.layers.renorm` has them.
+      is not converted; Flax tracks the biased variance. For jaxbn's `BatchRenorm`, as
+      `init` of `jaxbn.layers.renorm` returns them.
 
     Raises:
-      TypeError: A value is no array of numbers.
-      ValueError: Keys are missing or not known, shapes differ, or a variance is
-        negative or NaN.
+      TypeError: A value is not an array of numbers.
+      ValueError: Keys are missing or unknown, shapes differ, or a variance is negative
+        or NaN.
 
     Example:
       >>> import flax.linen as nn, jax, jaxbn, jax.numpy as jnp
@@ -78,9 +78,10 @@ def from_jaxbn(
 
     Args:
       params: "scale", "bias", both or neither.
-      stats: The running statistics. Flax's own classes go on with the biased variance,
-        which the other modules of `jaxbn.interop` give with `unbiased=False`.
-      step: Whether the layer keeps the step, as jaxbn's do where `momentum` is a
+      stats: The running statistics. Flax's own classes continue with the biased
+        variance, which the other modules of `jaxbn.interop` return with
+        `unbiased=False`.
+      step: Whether the layer keeps the step, as jaxbn's layers do if `momentum` is a
         function of it.
 
     Returns:
@@ -88,7 +89,7 @@ def from_jaxbn(
       collections: `nnx.update(layer, {**made["params"], **made["batch_stats"]})`.
 
     Raises:
-      TypeError: `stats` is no `RunningStats`.
+      TypeError: `stats` is not a `RunningStats`.
       ValueError: As for `to_jaxbn`.
 
     Example:
@@ -113,11 +114,11 @@ def from_jaxbn(
 def batch_norms(
     variables: Mapping[str, Any],
 ) -> dict[str, Converted | tuple[Params, RenormStats]]:
-    """Every batch norm of a model, found by its mean and variance.
+    """Converts every batch norm in a model, recognized by its mean and variance.
 
     Args:
-      variables: Linen's, with `params` and `batch_stats`; or the nested dict of
-        `nnx.to_pure_dict(nnx.state(model))`.
+      variables: Variables of linen, with `params` and `batch_stats`; or the nested dict
+        from `nnx.to_pure_dict(nnx.state(model))`.
 
     Returns:
       A dict from the path of a layer, such as "Block_0/BatchNorm_1", to its `(params,
@@ -125,7 +126,8 @@ def batch_norms(
 
     Raises:
       TypeError: As for `to_jaxbn`.
-      ValueError: There is none, or as for `to_jaxbn`; each names the key in full.
+      ValueError: There is no batch norm, or as for `to_jaxbn`; errors name the full
+        key.
 
     Example:
       >>> import flax.linen as nn, jax, jaxbn, jax.numpy as jnp
@@ -137,14 +139,14 @@ def batch_norms(
     References:
       https://flax-linen.readthedocs.io/en/latest/guides/training_techniques/batch_norm.html
     """
-    if not isinstance(variables, Mapping):  # Of nnx, keys may be numbers.
+    if not isinstance(variables, Mapping):  # In nnx, keys may be numbers.
         _trees.require_dict("variables", variables, hint=OF_NNX)
     linen = "batch_stats" in variables
     stats = _at(variables, ("batch_stats",)) if linen else variables
     found = {}
     for path, own in model_stats.paths_of_layers(stats):
         arrays = {**_at(variables, ("params", *path)), **own} if linen else own
-        # Linen lets a module have submodules beside its variables.
+        # In linen, a module may have submodules next to its variables.
         arrays = {k: v for k, v in arrays.items() if not isinstance(v, Mapping)}
         name = "/".join(map(str, path))
         found[name] = _to_jaxbn(arrays, name and f"{name}/")
@@ -156,7 +158,7 @@ def batch_norms(
 def _to_jaxbn(arrays: Arrays, at: str) -> Converted | tuple[Params, RenormStats]:
     names = PARAMS | STATS
     if "std" in arrays:
-        # Named var for the checks, which are the same for a deviation.
+        # Named var for the checks, which are the same for a standard deviation.
         names = {theirs: ours for theirs, ours in names.items() if theirs != "var"}
         names |= {"std": "var"}
     found = _checkpoint.read(arrays, names, at)
@@ -165,7 +167,7 @@ def _to_jaxbn(arrays: Arrays, at: str) -> Converted | tuple[Params, RenormStats]
 
 
 def _at(tree: Any, path: tuple[Any, ...]) -> Mapping[str, Any]:
-    """What is at a path: an empty dict where there is nothing, but no array or None."""
+    """The dict at a path, empty if there is none; raises for an array or None."""
     for depth, name in enumerate(path, 1):
         at = "/".join(map(str, path[:depth]))
         tree = _trees.require_dict(at, tree.get(name, {}))

@@ -1,4 +1,4 @@
-"""Haiku's batch norms: their options, their arrays, and those of whole models.
+"""Haiku's batch norms: options, and arrays of one layer or a whole model.
 
 Haiku itself is not imported. Its statistics are debiased, as with
 `momentum=jaxbn.debiased(decay_rate)`, and its arrays keep the reduced axes.
@@ -34,7 +34,7 @@ def options(
     decay_rate: float,
     eps: float = 1e-5,
 ) -> dict[str, Any]:
-    """The arguments of `hk.BatchNorm`, as jaxbn's options.
+    """Converts the arguments of `hk.BatchNorm` to jaxbn's options.
 
         momentum(jaxbn) = debiased(decay_rate)
 
@@ -46,7 +46,7 @@ def options(
 
     Returns:
       Options for `jaxbn.layers.standard` and both `BatchNorm` modules. Haiku's `axis`
-      are the *reduced* axes; jaxbn's `feature_axes` are the others.
+      names the *reduced* axes; jaxbn's `feature_axes` are the others.
 
     Raises:
       TypeError: `create_scale` or `create_offset` is neither True nor False.
@@ -80,26 +80,27 @@ def to_jaxbn(
     unbiased: bool = False,
     count: float | None = None,
 ) -> Converted:
-    """The arrays of one `hk.BatchNorm` as parameters and statistics of jaxbn.
+    """Converts the arrays of one `hk.BatchNorm` to jaxbn's parameters and statistics.
 
     Args:
-      arrays: A dict with `mean_ema` and `var_ema`, each of them the dict that Haiku has
-        for it (`counter`, `hidden`, `average`), and `scale` and `offset` where there
-        are any. `batch_norms` finds them in a model.
-      feature_axes: Of the layer's input; in the arrays the others have length 1.
-      unbiased: Whether the layer that goes on from here tracks the unbiased variance.
-        Haiku does not; True takes var·n/(n − 1).
-      count: That n, the number of values per feature in a training batch; with
-        `unbiased=True` only.
+      arrays: A dict with `mean_ema` and `var_ema`, which are Haiku's dicts (`counter`,
+        `hidden`, `average`), and `scale` and `offset` if there are any. `batch_norms`
+        finds them in a model.
+      feature_axes: Feature axes of the layer's input; the other axes have length 1 in
+        the arrays.
+      unbiased: Whether the new layer tracks the unbiased variance. Haiku does not; True
+        converts to var·n/(n − 1).
+      count: n, the number of values per feature in a training batch; only with
+        `unbiased=True`.
 
     Returns:
       `(params, stats)`, as `init` of `jaxbn.layers.standard(**options(...))` returns
-      them. The statistics are Haiku's `average`, and float32 at least, also where Haiku
+      them. The statistics are Haiku's `average`, in float32 or wider, even if Haiku
       kept them in bfloat16.
 
     Raises:
-      TypeError: A value is no array of numbers.
-      ValueError: Keys are missing or not known, shapes differ or have other axes than
+      TypeError: A value is not an array of numbers.
+      ValueError: Keys are missing or unknown, shapes differ or do not fit
         `feature_axes`, the two counters differ, a variance is negative or NaN, or
         `count` is missing or not needed.
 
@@ -135,12 +136,12 @@ def from_jaxbn(
     Args:
       params: "scale", "bias", both or neither.
       stats: The running statistics. Their `step` becomes the counter.
-      ndim: The rank of the layer's input, which the arrays have too.
-      decay_rate: That of the layer.
-      feature_axes: Of the layer's input.
+      ndim: The rank of the layer's input, and of the arrays.
+      decay_rate: The layer's decay rate.
+      feature_axes: Feature axes of the layer's input.
       unbiased: Whether the variance was tracked with `unbiased=True`. If so, Haiku
         needs var·(n − 1)/n.
-      count: That n; with `unbiased=True` only.
+      count: n; only with `unbiased=True`.
 
     Returns:
       A dict with `scale`, `offset`, `mean_ema` and `var_ema`, as `to_jaxbn` takes it.
@@ -148,8 +149,8 @@ def from_jaxbn(
       `state[f"{name}/~/var_ema"]`.
 
     Raises:
-      TypeError: `stats` is no `RunningStats`.
-      ValueError: `decay_rate` is not from 0 to 1, the step is 0 and the statistics have
+      TypeError: `stats` is not a `RunningStats`.
+      ValueError: `decay_rate` is not in [0, 1), the step is 0 and the statistics have
         moved, or as for `to_jaxbn`.
 
     Example:
@@ -200,14 +201,14 @@ def batch_norms(
     unbiased: bool = False,
     count: float | Mapping[str, float] | None = None,
 ) -> dict[str, Converted]:
-    """Every batch norm of a Haiku model, found in its state.
+    """Converts every batch norm in a Haiku model, found in its state.
 
     Args:
       params: The parameters of `hk.transform_with_state`.
-      state: The state beside them.
+      state: The state that goes with them.
       feature_axes: As for `to_jaxbn`.
       unbiased: As for `to_jaxbn`.
-      count: As for `to_jaxbn`; a dict by name where layers have different numbers.
+      count: As for `to_jaxbn`; a dict by name if it differs between layers.
 
     Returns:
       A dict from a module's name, such as "resnet/~/batch_norm", to its `(params,
@@ -215,7 +216,8 @@ def batch_norms(
 
     Raises:
       TypeError: As for `to_jaxbn`.
-      ValueError: There is none, or as for `to_jaxbn`; each names the key in full.
+      ValueError: There is no batch norm, or as for `to_jaxbn`; errors name the full
+        key.
 
     Example:
       >>> import jaxbn, numpy as np

@@ -1,7 +1,7 @@
-"""Keras' batch norms (Keras 3, and tf.keras before): their options and their arrays.
+"""Keras' batch norms (Keras 3, and older tf.keras): their options and their arrays.
 
-Keras itself is not imported. Variables come as they are in `layer.weights`, under every
-backend; what goes back are NumPy arrays in the order of `layer.set_weights`.
+Keras itself is not imported. Variables can come straight from `layer.weights`, with any
+backend; the functions return NumPy arrays in the order of `layer.set_weights`.
 
 | | Keras | jaxbn |
 | --- | --- | --- |
@@ -32,7 +32,7 @@ def options(
     scale: bool = True,
     fused: bool = False,
 ) -> dict[str, Any]:
-    """The arguments of `keras.layers.BatchNormalization`, as jaxbn's options.
+    """Converts the arguments of `keras.layers.BatchNormalization` to jaxbn's options.
 
         momentum(jaxbn) = momentum(keras)
 
@@ -42,14 +42,14 @@ def options(
       center: Whether there is a beta.
       scale: Whether there is a gamma.
       fused: Whether it ran in the fused kernel of tf.keras 2, the default there for
-        inputs of rank 4, which tracks the unbiased variance. Older
-        versions of it took 1.001e-5 for any smaller epsilon.
+        inputs of rank 4, which tracks the unbiased variance. Older versions of that
+        kernel replaced any smaller epsilon by 1.001e-5.
 
     Returns:
       Options for `jaxbn.layers.standard` and both `BatchNorm` modules. For
-      `renorm=True` leave `unbiased` out, pass the others to `jaxbn.layers.renorm`, and
-      rmax and dmax of `renorm_clipping` as `r_max` and `d_max`, `jnp.inf` where they
-      are not given. Where rmin is not 1/rmax, no option is equal to it.
+      `renorm=True`, leave out `unbiased`, pass the others to `jaxbn.layers.renorm`, and
+      pass rmax and dmax of `renorm_clipping` as `r_max` and `d_max`, or `jnp.inf` if
+      they are not given. If rmin is not 1/rmax, there is no equivalent option.
 
     Raises:
       TypeError: `center`, `scale` or `fused` is neither True nor False.
@@ -81,31 +81,31 @@ def to_jaxbn(
     unbiased: bool | None = None,
     count: float | None = None,
 ) -> Converted | tuple[Params, RenormStats]:
-    """The arrays of one `BatchNormalization` as parameters and statistics of jaxbn.
+    """Converts the arrays of one `BatchNormalization` to parameters and statistics.
 
     Args:
       arrays: A dict by the variables' names, `{v.name: v for v in layer.weights}`, by
-        their paths, or by TensorFlow's names of them (ending in "/EMA",
-        "/ExponentialMovingAverage" or "/.ATTRIBUTES/VARIABLE_VALUE"). Or the list of
+        their paths, or by their names in TensorFlow (ending in "/EMA",
+        "/ExponentialMovingAverage" or "/.ATTRIBUTES/VARIABLE_VALUE"). Or the list from
         `layer.get_weights()`, or "vars/0", "vars/1", ... of a .weights.h5 file, which
-        is the same order, if there are both gamma and beta or neither.
+        has the same order, if there are both gamma and beta or neither.
       fused: Whether the fused kernel of tf.keras 2 tracked the variance, unbiased. Not
-        for renorm, like the two that follow.
-      unbiased: Whether the layer that goes on from here tracks the unbiased variance;
-        by default it does as the old one did.
-      count: The number of values per feature in a training batch, where that differs.
+        for renorm, like the next two arguments.
+      unbiased: Whether the new layer tracks the unbiased variance; by default it does
+        if the old one did.
+      count: The number of values per feature in a training batch, if the old and new
+        variances differ.
 
     Returns:
-      `(params, stats)` as `init` of `jaxbn.layers.standard` returns them. With the
-      arrays of `renorm=True`, as `jaxbn.layers.renorm`: its statistics are Keras'
-      renorm_mean and renorm_stddev.
+      `(params, stats)` as `init` of `jaxbn.layers.standard` returns them. For arrays of
+      `renorm=True`, as `init` of `jaxbn.layers.renorm` does, where the statistics are
+      Keras' renorm_mean and renorm_stddev.
 
     Raises:
-      TypeError: A value is no array of numbers.
-      ValueError: Keys are missing, not known, or of one variable as it is and averaged;
-        arrays without names may be more than one set; shapes differ, a variance is
-        negative or NaN, `count` is missing or not needed, or the two averages of renorm
-        are not the same.
+      TypeError: A value is not an array of numbers.
+      ValueError: Keys are missing or unknown, or name both a variable and its average;
+        arrays without names are ambiguous; shapes differ, a variance is negative or
+        NaN, `count` is missing or not needed, or the two averages of renorm differ.
 
     Example:
       >>> import jaxbn, numpy as np
@@ -144,13 +144,14 @@ def from_jaxbn(
 
     Args:
       params: "scale", "bias", both or neither.
-      stats: The running statistics; a `RenormStats` makes those of `renorm=True`.
-      fused: Whether the fused kernel of tf.keras 2 will go on from here, which needs
-        the unbiased variance.
+      stats: The running statistics; a `RenormStats` makes arrays for `renorm=True`.
+      fused: Whether the arrays are for the fused kernel of tf.keras 2, which needs the
+        unbiased variance.
       unbiased: Whether the variance was tracked with `unbiased=True`.
-      count: The number of values per feature in a training batch, where these differ.
-      epsilon: The layer's, for `RenormStats` alone: Keras keeps the variance without
-        it.
+      count: The number of values per feature in a training batch, if `fused` and
+        `unbiased` differ.
+      epsilon: The layer's epsilon, only for `RenormStats`: Keras stores the variance
+        without it.
 
     Returns:
       A dict by Keras' names, in the order of `layer.set_weights(list(d.values()))`.
@@ -200,26 +201,28 @@ def batch_norms(
     unbiased: bool | None = None,
     count: float | Mapping[str, float] | None = None,
 ) -> dict[str, Converted | tuple[Params, RenormStats]]:
-    """Every batch norm of a Keras model, found by its variables.
+    """Converts every batch norm in a Keras model, recognized by its variables.
 
     Args:
-      weights: Those of a whole model by path, `{v.path: v for v in model.weights}`. Or
-        the arrays of a TensorFlow checkpoint by name, or a .weights.h5 file, nested
-        (`h5py.File(...)` as it is) or by path ("layers/norm/vars/0").
+      weights: The weights of a whole model by path,
+        `{v.path: v for v in model.weights}`. Or the arrays of a TensorFlow checkpoint
+        by name, or a .weights.h5 file, nested (an `h5py.File(...)`) or by path
+        ("layers/norm/vars/0").
       fused: As for `to_jaxbn`.
       unbiased: As for `to_jaxbn`.
-      count: As for `to_jaxbn`; a dict by path where layers have different numbers.
+      count: As for `to_jaxbn`; a dict by path if it differs between layers.
 
     Returns:
       A dict from the path of a layer, such as "block/norm", to its `(params, stats)`,
-      in the order of `weights`. A .weights.h5 file has no names. There a batch norm is
-      a layer of four vectors of one length (five or seven with renorm), or one under
-      "batch_normalization", as Keras calls them in its own models. In models that call
-      them otherwise, those without gamma and beta are not found.
+      in the order of `weights`. A .weights.h5 file has no names. There, a batch norm is
+      a layer of four vectors of equal length (five or seven with renorm), or a layer
+      named "batch_normalization", the default name in Keras. Under other names, batch
+      norms without gamma and beta are not found.
 
     Raises:
       TypeError: As for `to_jaxbn`.
-      ValueError: There is none, or as for `to_jaxbn`; each names the key in full.
+      ValueError: There is no batch norm, or as for `to_jaxbn`; errors name the full
+        key.
 
     Example:
       >>> import jaxbn, numpy as np
@@ -302,13 +305,13 @@ def _renormed(arrays: Arrays, known: _names.Keys) -> tuple[Params, RenormStats]:
 
 
 def _variance(std: np.ndarray, epsilon: float) -> np.ndarray:
-    """What Keras keeps as variance, without epsilon."""
+    """The variance that Keras stores, without epsilon."""
     _checks.require_floating("stats.std", std)
     _checks.require_at_least_0("stats.std", std)
     with np.errstate(over="ignore"):
         squared = np.square(std)
     _values.require_finite("stats.std", squared, std)
-    # As Keras does: rounding may leave less than epsilon.
+    # As in Keras: rounding may leave less than epsilon.
     return np.maximum(
         squared - _values.held("epsilon", np.asarray(epsilon), std.dtype), 0
     )

@@ -1,4 +1,4 @@
-"""For optimizers: which parameters weight decay is for."""
+"""For optimizers: which parameters weight decay applies to."""
 
 import re
 from collections import defaultdict
@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 
-# What norms call their parameters: Flax, Haiku and Keras, and jaxbn's conditional one.
+# The names of norm parameters in Flax, Haiku, Keras and jaxbn's `conditional`.
 OF_NORMS = {"scale", "offset", "gamma", "beta", "scale_kernel", "bias_kernel"}
-# "bias", Haiku's "b", Equinox' "bias_n", torch's "in_proj_bias" and "bias_ih_l0".
+# "bias", Haiku's "b", Equinox's "bias_n", torch's "in_proj_bias" and "bias_ih_l0".
 BIAS = re.compile(r"b|(.*_)?bias(_.*)?")
 # BatchNorm, RMSNorm, InstanceNorm2d, GroupNormalization, BatchRenorm.
 NORM_CLASS = re.compile(r".*norm(alization)?(\dd)?", re.IGNORECASE)
@@ -22,24 +22,24 @@ def weight_decay_mask(params: Any, *, biases: bool = False) -> Any:
 
         update(p) = … + weight_decay · p    only where the mask is True
 
-    In dicts a norm's parameters are told by their names: "scale", "offset", "gamma",
-    "beta", "scale_kernel" and "bias_kernel", which are those of linen, nnx, Haiku,
-    Keras and jaxbn, and a "weight" of one axis, which is torch's. In trees of objects,
-    as Equinox has them, a parameter is a norm's where the object that holds it is: its
-    class, or one that it inherits from, has a name that ends in "Norm" or
-    "Normalization". Biases are those called "b" or "bias", alone or joined by "_".
+    In dicts, the parameters of a norm are recognized by name: "scale", "offset",
+    "gamma", "beta", "scale_kernel" and "bias_kernel", as in linen, nnx, Haiku, Keras
+    and jaxbn, and a "weight" with one axis, as in torch. In trees of objects, as in
+    Equinox, a parameter belongs to a norm if its object does: if the name of the class
+    or of a base class ends in "Norm" or "Normalization". Biases are parameters named
+    "b" or "bias", alone or joined by "_".
 
     Args:
-      params: The parameters: a tree of dicts, lists and dataclasses, as linen, jaxbn's
-        layers, Haiku and Equinox make them (`eqx.filter(model, eqx.is_array)`, whose
-        None stays None), an `nnx.State`, or one of these flattened to a dict whose keys
-        are tuples or paths ("norm/scale", "norm.scale").
-      biases: Whether biases decay too: those beside a weight, as in a dense layer.
-        Norms' biases never do, nor those that stand alone.
+      params: The parameters: a tree of dicts, lists and dataclasses, as in linen,
+        jaxbn's layers, Haiku and Equinox (`eqx.filter(model, eqx.is_array)`, whose None
+        stays None), an `nnx.State`, or one of these flattened to a dict whose keys are
+        tuples or paths ("norm/scale", "norm.scale").
+      biases: Whether biases next to a weight decay too, as in a dense layer. Biases of
+        norms, and biases without a weight, never do.
 
     Returns:
       A tree like `params` with False for each parameter of a norm and, by default, for
-      each bias, and True for the others: what optax takes for `mask`.
+      each bias, and True for the others: the `mask` for optax.
 
     Raises:
       TypeError: `biases` is neither True nor False.
@@ -79,7 +79,7 @@ def weight_decay_mask(params: Any, *, biases: bool = False) -> Any:
 
 
 def _kind(params: Any, path: tuple, leaf: Any) -> str:
-    """What a parameter is: one of a norm, a bias, or a weight."""
+    """The kind of a parameter: "norm", "bias" or "weight"."""
     name = (_names(path) or ("",))[-1]
     owner, parent = _holders(params, path)
     of_torch = (
@@ -97,7 +97,7 @@ def _is_norm(owner: Any) -> bool:
 
 
 def _holders(params: Any, path: tuple) -> tuple[Any, Any]:
-    """The last object on the way to a leaf, by an attribute, and what holds the leaf.
+    """The last object with attributes on the path to a leaf, and the leaf's container.
 
     Dicts and lists in an object belong to it.
     """
@@ -110,7 +110,7 @@ def _holders(params: Any, path: tuple) -> tuple[Any, Any]:
             node = node[key.key]
         elif isinstance(key, jax.tree_util.SequenceKey):
             node = node[key.idx]
-        else:  # A class that names none of its children.
+        else:  # A class that does not name its children.
             return None, None
     return owner, parent
 
@@ -122,7 +122,7 @@ def _own(path: tuple) -> tuple:
 
 
 def _names(path: tuple) -> Path:
-    """The names on the way to a leaf, in a nested tree or a flattened one."""
+    """The names on the path to a leaf, in a nested or flattened tree."""
     found: list[str] = []
     for key in _own(path):
         name = getattr(key, "key", getattr(key, "name", getattr(key, "idx", None)))

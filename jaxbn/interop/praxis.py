@@ -1,6 +1,6 @@
 """Praxis' and Lingvo's batch norms: their options and their arrays.
 
-Neither is imported. Both keep γ − 1 where others keep γ.
+Neither is imported. Both store γ − 1 where others store γ.
 
 | | Praxis, Lingvo | jaxbn |
 | --- | --- | --- |
@@ -30,7 +30,7 @@ MARKS = ("moving_mean", "moving_variance")
 
 
 def options(*, decay: float = 0.999) -> dict[str, Any]:
-    """The arguments of Praxis' `BatchNorm`, as jaxbn's options.
+    """Converts the arguments of Praxis' `BatchNorm` to jaxbn's options.
 
         momentum(jaxbn) = decay
 
@@ -39,8 +39,8 @@ def options(*, decay: float = 0.999) -> dict[str, Any]:
 
     Returns:
       Options for `jaxbn.layers.standard` and both `BatchNorm` modules. For training
-      with `use_moving_avg_in_training` see `jaxbn.layers.streaming`. Paddings, 1 where
-      others have a mask of 0, become `weights=1 - paddings`.
+      with `use_moving_avg_in_training` see `jaxbn.layers.streaming`. Paddings, which
+      are 1 where a mask is 0, become `weights=1 - paddings`.
 
     Raises:
       ValueError: `decay` is not from 0 to 1.
@@ -67,25 +67,25 @@ def to_jaxbn(
     unbiased: bool = False,
     count: float | None = None,
 ) -> Converted:
-    """The arrays of one batch norm as parameters and statistics of jaxbn.
+    """Converts the arrays of one batch norm to jaxbn's parameters and statistics.
 
     Args:
       arrays: A dict with `gamma`, `beta`, `moving_mean` and `moving_variance`.
-      minus_one: Whether `gamma` is γ − 1, as everywhere but in Lingvo's layers with
+      minus_one: Whether `gamma` is γ − 1, as everywhere except in Lingvo's layers with
         `gamma_zero_init` or `gamma_one_init`.
-      unbiased: Whether the layer that goes on from here tracks the unbiased variance.
-        These do not; True takes var·n/(n − 1).
-      count: That n, the number of values per feature in a training batch; with
-        `unbiased=True` only.
+      unbiased: Whether the new layer tracks the unbiased variance. Praxis and Lingvo do
+        not; True converts to var·n/(n − 1).
+      count: n, the number of values per feature in a training batch; only with
+        `unbiased=True`.
 
     Returns:
       `(params, stats)`, as `init` of `jaxbn.layers.standard(**options(...))` returns
       them.
 
     Raises:
-      TypeError: A value is no array of numbers.
-      ValueError: Keys are missing or not known, shapes differ, a variance is negative
-        or NaN, or `count` is missing or not needed.
+      TypeError: A value is not an array of numbers.
+      ValueError: Keys are missing or unknown, shapes differ, a variance is negative or
+        NaN, or `count` is missing or not needed.
 
     Example:
       >>> import jaxbn, numpy as np
@@ -114,16 +114,16 @@ def from_jaxbn(
     Args:
       params: "scale", "bias", both or neither.
       stats: The running statistics.
-      minus_one: Whether `gamma` is to be γ − 1.
-      unbiased: Whether the variance was tracked with `unbiased=True`. If so, var·(n −
-        1)/n is what goes on.
-      count: That n; with `unbiased=True` only.
+      minus_one: Whether to write `gamma` as γ − 1.
+      unbiased: Whether the variance was tracked with `unbiased=True`. If so, it is
+        converted to var·(n − 1)/n.
+      count: n; only with `unbiased=True`.
 
     Returns:
-      A dict of NumPy arrays by their names.
+      A dict of NumPy arrays by name.
 
     Raises:
-      TypeError: `stats` is no `RunningStats`.
+      TypeError: `stats` is not a `RunningStats`.
       ValueError: There are several feature axes, or as for `to_jaxbn`.
 
     Example:
@@ -155,24 +155,25 @@ def batch_norms(
     unbiased: bool = False,
     count: float | Mapping[str, float] | None = None,
 ) -> dict[str, Converted]:
-    """Every batch norm of a Praxis model, found by its moving mean and variance.
+    """Converts every batch norm in a Praxis model, recognized by its moving statistics.
 
     Args:
-      variables: The model's: a nested dict with the collections `params` (gamma, beta)
-        and `non_trainable` (moving_mean, moving_variance). Or a dict of all four
-        without collections, nested or by path ("block/norm/gamma").
+      variables: The model's variables: a nested dict with the collections `params`
+        (gamma, beta) and `non_trainable` (moving_mean, moving_variance). Or a dict of
+        all four without collections, nested or by path ("block/norm/gamma").
       minus_one: As for `to_jaxbn`.
       unbiased: As for `to_jaxbn`.
-      count: As for `to_jaxbn`; a dict by path where layers have different numbers.
+      count: As for `to_jaxbn`; a dict by path if it differs between layers.
 
     Returns:
       A dict from the path of a layer, such as "encoder/bn", to its `(params, stats)`.
-      Of layers that are repeated in a scan, with arrays of one axis more, each is to be
-      indexed first.
+      Layers repeated in a scan have arrays with one more axis; index it before using
+      them.
 
     Raises:
       TypeError: As for `to_jaxbn`.
-      ValueError: There is none, or as for `to_jaxbn`; each names the key in full.
+      ValueError: There is no batch norm, or as for `to_jaxbn`; errors name the full
+        key.
 
     Example:
       >>> import jaxbn, numpy as np
@@ -208,7 +209,7 @@ def batch_norms(
 
 
 def _without_collections(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The variables of both collections by their path below it."""
+    """The variables of both collections, by their path inside the collection."""
     if not any(key.startswith("non_trainable/") for key in flat):
         return {**flat}
     for collection in COLLECTIONS:

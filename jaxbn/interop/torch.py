@@ -1,7 +1,7 @@
 """PyTorch's batch norms: their options, their arrays, and whole state dicts.
 
-torch itself is not imported. Tensors come as they are in a `state_dict`, on any device
-that copies to the host; what goes back are NumPy arrays.
+torch itself is not imported. Tensors can come straight from a `state_dict`, on any
+device that copies to the host; the functions return NumPy arrays.
 
 | | torch | jaxbn |
 | --- | --- | --- |
@@ -27,7 +27,7 @@ NAMES = {
     "running_var": "var",
     "num_batches_tracked": "step",
 }
-# What no other layer has. (Instance norm with running statistics has all of them.)
+# Keys of batch norms only. (Instance norms with running statistics have all of them.)
 MARKS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -39,21 +39,21 @@ def options(
     track_running_stats: bool = True,
     bias: bool = True,
 ) -> dict[str, Any]:
-    """The arguments of `torch.nn.BatchNorm2d` and its like, as jaxbn's options.
+    """Converts the arguments of `torch.nn.BatchNorm2d` and the like to jaxbn's options.
 
         momentum(jaxbn) = 1 − momentum(torch)
 
     Args:
-      eps: torch's.
+      eps: torch's epsilon.
       momentum: torch's: the weight of the *new* value, or None for a plain average.
-      affine: Whether there are weight and bias.
+      affine: Whether there are a weight and a bias.
       track_running_stats: False normalizes by the batch at inference too, which is
         `pseudo_samples=0.0` in jaxbn.
-      bias: Whether there is a bias beside the weight.
+      bias: Whether there is a bias in addition to the weight.
 
     Returns:
       Options for `jaxbn.layers.standard` and both `BatchNorm` modules. torch's channels
-      are axis 1: where they stay there, add `feature_axes=1` (`axis=1` in a module).
+      are axis 1: to keep them there, add `feature_axes=1` (`axis=1` in a module).
 
     Raises:
       TypeError: `affine`, `bias` or `track_running_stats` is neither True nor False.
@@ -86,24 +86,24 @@ def options(
 def to_jaxbn(
     arrays: Arrays, *, unbiased: bool = True, count: float | None = None
 ) -> Converted:
-    """The arrays of one batch norm as parameters and statistics of jaxbn.
+    """Converts the arrays of one batch norm to jaxbn's parameters and statistics.
 
     Args:
-      arrays: A dict with `running_mean` and `running_var`, and where there are any
+      arrays: A dict with `running_mean` and `running_var`, and, if there are any,
         `weight`, `bias` and `num_batches_tracked`: the `state_dict()` of one layer.
-      unbiased: Whether the layer that goes on from here tracks the unbiased variance,
-        as torch does. False makes var·(n − 1)/n of it.
-      count: That n, the number of values per feature in a training batch; with
-        `unbiased=False` only.
+      unbiased: Whether the new layer tracks the unbiased variance, like torch. False
+        converts to var·(n − 1)/n.
+      count: n, the number of values per feature in a training batch; only with
+        `unbiased=False`.
 
     Returns:
       `(params, stats)`, as `init` of `jaxbn.layers.standard(**options(...))` returns
-      them, in float32 (float64 if it came in this and JAX has 64 bits switched on).
+      them, in float32 (float64 if given as float64 and JAX has 64 bits switched on).
 
     Raises:
-      TypeError: A value is no array of numbers.
-      ValueError: Keys are missing or not known, shapes differ, a variance is negative
-        or NaN, or `count` is missing or not needed.
+      TypeError: A value is not an array of numbers.
+      ValueError: Keys are missing or unknown, shapes differ, a variance is negative or
+        NaN, or `count` is missing or not needed.
 
     Example:
       >>> import jaxbn, numpy as np
@@ -130,18 +130,18 @@ def from_jaxbn(
     Args:
       params: "scale" and "bias", "scale" alone, or neither.
       stats: The running statistics. Their `step` becomes num_batches_tracked, which
-        torch needs for `momentum=None` alone: at 0 the next batch replaces them.
+        torch only needs for `momentum=None`: at 0 the next batch replaces them.
       unbiased: Whether they were tracked with `unbiased=True`. If not, torch needs
         var·n/(n − 1).
-      count: That n, the number of values per feature in a training batch; with
-        `unbiased=False` only.
+      count: n, the number of values per feature in a training batch; only with
+        `unbiased=False`.
 
     Returns:
-      A dict of NumPy arrays with the keys of torch, for `load_state_dict` after
+      A dict of NumPy arrays with torch's keys, for `load_state_dict` after
       `torch.from_numpy`.
 
     Raises:
-      TypeError: `stats` is no `RunningStats`.
+      TypeError: `stats` is not a `RunningStats`.
       ValueError: There is a bias without a scale, several feature axes, or as for
         `to_jaxbn`.
 
@@ -176,23 +176,23 @@ def batch_norms(
     unbiased: bool = True,
     count: float | Mapping[str, float] | None = None,
 ) -> dict[str, Converted]:
-    """Every batch norm of a state dict, found by its keys.
+    """Converts every batch norm in a state dict, recognized by its keys.
 
     Args:
-      state_dict: That of a whole model.
+      state_dict: The state dict of a whole model.
       unbiased: As for `to_jaxbn`.
-      count: As for `to_jaxbn`; a dict by prefix where layers have different numbers.
+      count: As for `to_jaxbn`; a dict by prefix if it differs between layers.
 
     Returns:
       A dict from the prefix of a layer, such as "layer1.0.bn1", to its `(params,
       stats)`, in the order of the state dict. Instance norms with running statistics
-      have the same keys, and are found as well; batch norms without
-      (`track_running_stats=False`) have none of their own, and are not.
+      have the same keys, and are found as well. Batch norms without running statistics
+      (`track_running_stats=False`) have no such keys, and are not found.
 
     Raises:
       TypeError: As for `to_jaxbn`.
-      ValueError: There is none, one lacks keys or has others besides, or as for
-        `to_jaxbn`; each names the key in full.
+      ValueError: There is no batch norm, one has missing or unknown keys, or as for
+        `to_jaxbn`; errors name the full key.
 
     Example:
       >>> import jaxbn, numpy as np
@@ -228,21 +228,22 @@ def batch_norms(
 
 
 def frozen_to_jaxbn(arrays: Arrays, *, eps: float = 1e-5) -> Converted:
-    """A `FrozenBatchNorm2d` of detectron2 or torchvision, for a layer of epsilon 0.
+    """Converts detectron2's or torchvision's `FrozenBatchNorm2d`, for epsilon 0.
 
         y = weight · (x − running_mean) / √(running_var + eps) + bias
 
     These libraries have changed whether eps is added, and detectron2 subtracts it from
     old checkpoints, which makes small variances negative. Here it becomes part of the
-    variance, so that nothing is lost: use `epsilon=0.0` in jaxbn.
+    variance, so nothing is lost: use `epsilon=0.0` in jaxbn.
 
     Args:
       arrays: A dict with `weight`, `bias`, `running_mean` and `running_var`.
-      eps: What the layer adds to the variance: its `eps`, or 0 where the library added
-        none (checkpoints of detectron2 before version 3, the first torchvisions).
+      eps: The number that the layer adds to the variance: its `eps`, or 0 if the
+        library added none (checkpoints of detectron2 before version 3, the first
+        torchvisions).
 
     Returns:
-      `(params, stats)`, whose `stats.var` is running_var + eps.
+      `(params, stats)`, where `stats.var` is running_var + eps.
 
     Raises:
       TypeError: As for `to_jaxbn`.

@@ -1,7 +1,7 @@
-"""TensorFlow's functions for batch norm, on jaxbn's verbs.
+"""TensorFlow's functions for batch norm, computed by jaxbn.
 
-Same names, arguments and meaning as in `tf.nn` (and `tf.compat.v1.nn`, where
-`fused_batch_norm` is), so that code ports line by line. What differs is meant to:
+They have the same names, arguments and meaning as in `tf.nn` (and `tf.compat.v1.nn` for
+`fused_batch_norm`), so code ports line by line. The differences are intended:
 
 - Derivatives of every order are right. TensorFlow stops the gradient of the mean inside
   the variance of `moments`, which makes Hessians wrong.
@@ -9,11 +9,11 @@ Same names, arguments and meaning as in `tf.nn` (and `tf.compat.v1.nn`, where
   mean/std is large.
 - Sums are accumulated in float32 or wider. TensorFlow sums bfloat16 in bfloat16, and
   float16 in float16 in `sufficient_statistics`, where squares soon overflow.
-- Variances are real, also of complex `x`, and never negative.
-- A batch without elements has mean and variance 0 and leaves running averages alone.
+- Variances are real, even for complex `x`, and never negative.
+- A batch without elements has mean and variance 0 and does not change running averages.
   TensorFlow returns NaN.
-- Without axes to reduce, all axes stay. TensorFlow then drops those of length 1.
-- Integers are refused. TensorFlow's moments of integers are rounded to integers.
+- Without axes to reduce, all axes stay. TensorFlow then drops axes of length 1.
+- Integers raise an error. TensorFlow rounds the moments of integers to integers.
 """
 
 from jaxbn.interop.tf_nn._batch_normalization import (

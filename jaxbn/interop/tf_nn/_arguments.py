@@ -12,14 +12,14 @@ KEEPDIMS = "pass what `moments` returns over the same axes, with `keepdims=True`
 
 
 def scope(name: str | None, default: str) -> AbstractContextManager:
-    """The named scope that an operation is traced in."""
+    """The named scope for tracing an operation."""
     if not isinstance(name, str | None):
         raise TypeError(f"`name` must be a string or None, got {name!r}.")
     return jax.named_scope(default if name is None else name)
 
 
 def real_array(name: str, value: ArrayLike) -> jax.Array:
-    """`value` as an array, refused unless it is floating."""
+    """Converts `value` to an array; raises unless it is floating."""
     array = _dtypes.inexact_array(name, value)
     if jnp.iscomplexobj(array):
         raise TypeError(
@@ -30,7 +30,7 @@ def real_array(name: str, value: ArrayLike) -> jax.Array:
 
 
 def scalar(name: str, value: ArrayLike, hint: str) -> ArrayLike:
-    """`value`, refused unless it is a real number or a scalar array of one."""
+    """Returns `value`; raises unless it is a real number or a real scalar array."""
     array = jnp.asarray(value)
     if array.ndim or array.dtype == jnp.bool_ or jnp.iscomplexobj(array):
         raise ValueError(
@@ -43,7 +43,7 @@ def scalar(name: str, value: ArrayLike, hint: str) -> ArrayLike:
 
 
 def common_shape(hint: str, **arrays: jax.Array) -> tuple[int, ...]:
-    """The shape that arrays broadcast to, each of them in either direction."""
+    """The shape that all arrays broadcast to together."""
     (against, first), *rest = arrays.items()
     shape = first.shape
     for name, array in rest:
@@ -62,7 +62,7 @@ def common_shape(hint: str, **arrays: jax.Array) -> tuple[int, ...]:
 def feature_vector(
     name: str, array: jax.Array, x: jax.Array, reduced: tuple[int, ...]
 ) -> jax.Array:
-    """What broadcasts against `x` as a vector over the axes that are not reduced."""
+    """Turns an array that broadcasts against `x` into a vector over the kept axes."""
     features = _axes.others(reduced, x.ndim)
     aligned = _axes.aligned(name, array, x, KEEPDIMS)
     if any(aligned.shape[axis] != 1 for axis in reduced):
@@ -75,5 +75,5 @@ def feature_vector(
 
 
 def with_dims(vector: jax.Array, reduced: tuple[int, ...], keepdims: bool) -> jax.Array:
-    """A feature vector, with the reduced axes if they are to be kept."""
+    """A feature vector, with the reduced axes if `keepdims`."""
     return jnp.expand_dims(vector, reduced) if keepdims else vector

@@ -18,27 +18,27 @@ def batch_normalization(
     variance_epsilon: ArrayLike,
     name: str | None = None,
 ) -> jax.Array:
-    """Normalizes `x`, as `tf.nn.batch_normalization`.
+    """Normalizes `x`, like `tf.nn.batch_normalization`.
 
         y = scale · (x − mean) / √(variance + variance_epsilon) + offset
 
     Args:
       x: Floating or complex array.
-      mean: Array that broadcasts against `x` by NumPy's rule, and `x` against it, as
-        with the others.
+      mean: Array that broadcasts with `x`, in either direction, by NumPy's rule, like
+        the following arrays.
       variance: Likewise; real.
       offset: Likewise, or None for 0.
-      scale: Likewise, or None for 1. Mind the order: offset comes first.
-      variance_epsilon: A number or a scalar array, and data: gradients stop there.
+      scale: Likewise, or None for 1. Note the order: offset comes first.
+      variance_epsilon: A number or a scalar array; gradients stop there.
       name: The `jax.named_scope` of the operations, by default "batchnorm".
 
     Returns:
-      Array with the dtype of `x`, and its shape unless another is larger.
+      Array with the dtype of `x`, and the shape of `x` unless another is larger.
 
     Raises:
       TypeError: An argument is not floating or complex, or is complex where `x` is
         real.
-      ValueError: The shapes do not broadcast together, or `variance_epsilon` is no
+      ValueError: The shapes do not broadcast together, or `variance_epsilon` is not a
         real, non-negative scalar.
 
     Example:
@@ -67,7 +67,7 @@ def batch_normalization(
         x = jnp.broadcast_to(
             x, _arguments.common_shape(_arguments.KEEPDIMS, x=x, **vectors)
         )
-        # The axes along which any of them varies are the feature axes.
+        # The feature axes are the axes along which any of them varies.
         varying = _arguments.common_shape(_arguments.KEEPDIMS, **vectors)
         varying = (1,) * (x.ndim - len(varying)) + varying
         reduced = tuple(axis for axis, n in enumerate(varying) if n == 1)

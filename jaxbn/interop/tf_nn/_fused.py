@@ -12,7 +12,7 @@ from jaxbn._normalize import normalize
 from jaxbn._running_stats import RunningStats, init_stats, update
 from jaxbn.interop.tf_nn import _arguments
 
-# TensorFlow's operation, too, takes each of a pair for images and for volumes.
+# Like TensorFlow's operation, this takes either name of a pair for images and volumes.
 CHANNEL_AXIS = {"NHWC": -1, "NDHWC": -1, "NCHW": 1, "NCDHW": 1}
 
 
@@ -28,48 +28,48 @@ def fused_batch_norm(
     name: str | None = None,
     exponential_avg_factor: ArrayLike = 1.0,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Batch norm of images, as `tf.compat.v1.nn.fused_batch_norm`.
+    """Batch norm of images, like `tf.compat.v1.nn.fused_batch_norm`.
 
         training     y = (x − m) · scale / √(v + epsilon) + offset
                      running_mean = (1 − f) · mean + f · m
                      running_var = (1 − f) · variance + f · v · n / (n − 1)
         inference    y = (x − mean) · scale / √(variance + epsilon) + offset
 
-    where m and v are mean and variance of each channel of `x`, over its n elements, and
-    f is `exponential_avg_factor`. Training is `jaxbn.batch_norm` with its hand-written
-    derivative.
+    where m and v are the mean and variance of each channel of `x`, over its n elements,
+    and f is `exponential_avg_factor`. Training uses `jaxbn.batch_norm` with its
+    hand-written derivative.
 
     Args:
       x: Floating array of rank 4 or 5.
       scale: Factor γ, one number per channel.
-      offset: Summand β, shaped as `scale`.
-      mean: The running mean, shaped as `scale`. May be left out in training, if
+      offset: Offset β, shaped like `scale`.
+      mean: The running mean, shaped like `scale`. May be left out in training, if
         `exponential_avg_factor` is 1.
-      variance: The running variance, with or without which `mean` is.
-      epsilon: Added to the variance. A number or a scalar array, and data: gradients
-        stop there. As in TensorFlow 2.20 there is no least value; older ones took
-        1.001e-5 for anything smaller.
+      variance: The running variance; pass it if and only if you pass `mean`.
+      epsilon: Added to the variance. A number or a scalar array; gradients stop there.
+        As in TensorFlow 2.20 there is no minimum; older versions replaced anything
+        smaller by 1.001e-5.
       data_format: "NHWC" or "NDHWC" for channels last, "NCHW" or "NCDHW" for channels
-        first, the shorter ones usually for rank 4 and the others for rank 5.
-      is_training: Normalize by the batch's own statistics, and move the running ones. A
-        Python bool.
+        first; usually the shorter names for rank 4 and the longer ones for rank 5.
+      is_training: Whether to normalize by the batch's own statistics, and update the
+        running statistics. A Python bool.
       name: The `jax.named_scope` of the operations, by default "FusedBatchNormV3".
       exponential_avg_factor: The weight f of the batch in the running statistics, from
-        0 to 1. With 1 they are those of the batch. A number, or a scalar array, which
-        TensorFlow refuses. In inference running statistics do not move.
+        0 to 1. With 1 they equal the batch statistics. A number, or a scalar array,
+        which TensorFlow does not allow. At inference, running statistics do not change.
 
     Returns:
-      `(y, running_mean, running_var)`. `y` has shape and dtype of `x`; the others have
-      the shape of `scale`, and the dtypes of `mean` and `variance` (without them,
+      `(y, running_mean, running_var)`. `y` has the shape and dtype of `x`; the others
+      have the shape of `scale`, and the dtypes of `mean` and `variance` (without them,
       float32, or float64 for float64 `x`). In training no gradient passes through the
-      running statistics; in inference they are `mean` and `variance`, and `y` has a
-      gradient for them, which TensorFlow leaves out. A batch without elements leaves
-      them as they are (without them, 0 and 1), where TensorFlow returns NaN.
+      running statistics; at inference they are `mean` and `variance`, and `y` has a
+      gradient for them, which TensorFlow leaves out. A batch without elements does not
+      change them (without them, 0 and 1), where TensorFlow returns NaN.
 
     Raises:
-      TypeError: An array is not floating, or `is_training` is no bool.
+      TypeError: An array is not floating, or `is_training` is not a bool.
       ValueError: `mean` and `variance` are missing, a shape does not fit, a number is
-        out of range, or `data_format` is another word.
+        out of range, or `data_format` is unknown.
 
     Example:
       >>> from jaxbn.interop import tf_nn
@@ -123,7 +123,7 @@ def _require_bool(is_training: Any) -> None:
 
 
 def _images(x: ArrayLike, data_format: str) -> tuple[jax.Array, int]:
-    """Images or volumes, and the axis of their channels."""
+    """Images or volumes, and their channel axis."""
     x = _arguments.real_array("x", x)
     if x.ndim not in (4, 5):
         raise ValueError(
@@ -159,7 +159,7 @@ def _checked_factor(factor: ArrayLike) -> ArrayLike:
 
 
 def _is_one(factor: ArrayLike) -> bool:
-    """Whether nothing of the old statistics is left in the new ones."""
+    """Whether the new statistics do not depend on the old ones."""
     return isinstance(factor, (int, float)) and factor == 1
 
 

@@ -19,18 +19,18 @@ def moments(
     keepdims: bool = False,
     name: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Mean and variance of `x` over `axes`, as `tf.nn.moments`.
+    """Mean and variance of `x` over `axes`, like `tf.nn.moments`.
 
         mean = E[x]      variance = E[|x − mean|²]
 
     Args:
       x: Floating or complex array.
-      axes: The axes to *reduce* (jaxbn's verbs name those they keep).
+      axes: The axes to *reduce* (jaxbn's own functions name the axes to keep).
       shift: Array near the mean, such as a running mean, that broadcasts against `x`
-        with length 1 along `axes`. `x` is then read once, not twice, and the variance
-        is as exact as the shift is near (see `jaxbn.moments`). TensorFlow has the
-        argument and ignores it. A shift is data: gradients stop there.
-      keepdims: Keep the reduced axes with length 1.
+        with length 1 along `axes`. `x` is then read once, not twice; the nearer the
+        shift, the more exact the variance (see `jaxbn.moments`). TensorFlow has the
+        argument but ignores it. Gradients stop at the shift.
+      keepdims: Whether to keep the reduced axes with length 1.
       name: The `jax.named_scope` of the operations, by default "moments".
 
     Returns:
@@ -69,7 +69,7 @@ def weighted_moments(
     keepdims: bool = False,
     name: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Weighted mean and variance of `x` over `axes`, as `tf.nn.weighted_moments`.
+    """Weighted mean and variance of `x` over `axes`, like `tf.nn.weighted_moments`.
 
         mean = Σwx / Σw      variance = Σw|x − mean|² / Σw
 
@@ -77,15 +77,15 @@ def weighted_moments(
       x: Floating or complex array.
       axes: The axes to reduce, of `x` and the weights broadcast together.
       frequency_weights: Boolean mask or non-negative numbers. They broadcast against
-        `x`, and `x` against them. Where the weight is 0, `x` may be anything: NaN there
-        makes TensorFlow's moments NaN. Weights are data: gradients stop there, as they
-        do not in TensorFlow.
-      keepdims: Keep the reduced axes with length 1.
+        `x`, and `x` against them. Where the weight is 0, `x` may be anything; in
+        TensorFlow, NaN there makes the moments NaN. Gradients stop at the weights,
+        unlike in TensorFlow.
+      keepdims: Whether to keep the reduced axes with length 1.
       name: The `jax.named_scope` of the operations, by default "weighted_moments".
 
     Returns:
       `(mean, variance)` in the dtype of `x`; the variance of complex `x` is real. Both
-      are 0 where all weights are.
+      are 0 where all weights are 0.
 
     Raises:
       TypeError: `x` is not floating or complex, or `frequency_weights` are complex.

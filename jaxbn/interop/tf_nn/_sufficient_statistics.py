@@ -1,4 +1,4 @@
-"""`sufficient_statistics`, and `normalize_moments` to make moments of them."""
+"""`sufficient_statistics`, and `normalize_moments` to turn them into moments."""
 
 from collections.abc import Sequence
 
@@ -17,28 +17,28 @@ def sufficient_statistics(
     keepdims: bool = False,
     name: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """Count and sums of `x` over `axes`, as `tf.nn.sufficient_statistics`.
+    """Count and sums of `x` over `axes`, like `tf.nn.sufficient_statistics`.
 
         counts = n      m_ss = Σ(x − shift)      v_ss = Σ|x − shift|²
 
-    Sums of several parts add up, if the shift is the same. Without a shift near the
-    mean, the variance that `normalize_moments` makes of them loses all its digits where
-    mean/std is large: prefer `moments`, which does not, or `jaxbn.merge_moments`.
+    Sums of several parts can be added, if the shift is the same. Without a shift near
+    the mean, the variance from `normalize_moments` loses all its digits where mean/std
+    is large: prefer `moments`, which does not, or `jaxbn.merge_moments`.
 
     Args:
       x: Floating or complex array.
       axes: The axes to reduce.
       shift: Array near the mean that broadcasts against `x` with length 1 along `axes`,
         or None for 0.
-      keepdims: Keep the reduced axes with length 1.
+      keepdims: Whether to keep the reduced axes with length 1.
       name: The `jax.named_scope` of the operations, by default "sufficient_statistics".
 
     Returns:
-      `(counts, m_ss, v_ss, shift)` in float32, or float64 for 64-bit `x`: the squares
-      of float16 soon overflow in TensorFlow, which stays in the dtype of `x`. `counts`
-      is a scalar, `v_ss` is real, and `shift` is None if none was given. Without
-      `keepdims`, `shift` lacks the reduced axes as the sums do, so that it can be added
-      to the mean; TensorFlow's keeps them.
+      `(counts, m_ss, v_ss, shift)` in float32, or float64 for 64-bit `x`; TensorFlow
+      stays in the dtype of `x`, where squares of float16 soon overflow. `counts` is a
+      scalar, `v_ss` is real, and `shift` is None if none was given. Without `keepdims`,
+      `shift` lacks the reduced axes, like the sums, so it can be added to the mean;
+      TensorFlow's shift keeps them.
 
     Raises:
       TypeError: `x` or `shift` is not floating or complex, or only `shift` is complex.
@@ -83,22 +83,22 @@ def normalize_moments(
     shift: ArrayLike | None,
     name: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Mean and variance from sufficient statistics, as `tf.nn.normalize_moments`.
+    """Mean and variance from sufficient statistics, like `tf.nn.normalize_moments`.
 
         mean = mean_ss / counts + shift
         variance = max(0, variance_ss / counts − |mean_ss / counts|²)
 
     Args:
-      counts: Number of elements, a scalar or an array; it broadcasts, as all do.
+      counts: Number of elements, a scalar or an array. All arguments broadcast.
       mean_ss: Sum of x − shift, floating or complex.
       variance_ss: Sum of |x − shift|², real.
-      shift: What was subtracted, or None for 0.
+      shift: The shift that was subtracted, or None for 0.
       name: The `jax.named_scope` of the operations, by default "normalize".
 
     Returns:
       `(mean, variance)` in the dtypes of `mean_ss` and `variance_ss`. The variance is
-      never negative, as TensorFlow's is by rounding. Where `counts` is 0, the mean is
-      the shift, and the variance 0.
+      never negative, as rounding can make it in TensorFlow. Where `counts` is 0, the
+      mean is the shift, and the variance 0.
 
     Raises:
       TypeError: An argument has the wrong kind of numbers; `counts` may be integers.
@@ -152,6 +152,6 @@ def _over(total: jax.Array, counts: jax.Array) -> jax.Array:
 
 
 def _without(shift: jax.Array, reduced: tuple[int, ...], ndim: int) -> jax.Array:
-    """What broadcasts against `x`, without those of its axes that are reduced."""
+    """A shift that broadcasts against `x`, without its reduced axes."""
     missing = ndim - shift.ndim
     return jnp.squeeze(shift, tuple(a - missing for a in reduced if a >= missing))
