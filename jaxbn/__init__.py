@@ -1,8 +1,8 @@
 """Batch normalization for JAX.
 
-Four verbs: `moments` and `normalize`, `batch_norm` which is both with a hand-written
-derivative, and `update` for running statistics. `jaxbn.layers` puts them together as
-pure functions; `jaxbn.linen` and `jaxbn.nnx` as Flax modules.
+Four functions: `moments` and `normalize`; `batch_norm`, which combines the two with a
+hand-written derivative; and `update` for running statistics. `jaxbn.layers` composes
+them into pure functions, `jaxbn.linen` and `jaxbn.nnx` into Flax modules.
 """
 
 import importlib
@@ -33,7 +33,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str):
-    # Importing jaxbn must not import Flax, so its modules load on first touch.
+    # Importing jaxbn must not import Flax, so the Flax modules load on first use.
     if name in ("linen", "nnx"):
         return importlib.import_module(f"jaxbn.{name}")
     raise AttributeError(f"module 'jaxbn' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Feature axes, reduced axes, and how vectors and weights are laid against `x`."""
+"""Feature axes, reduced axes, and how vectors and weights broadcast against `x`."""
 
 import operator
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ Axes = int | Sequence[int]
 
 
 def canonical(axes: Axes, ndim: int, name: str = "feature_axes") -> tuple[int, ...]:
-    """`axes` as distinct, non-negative integers in ascending order."""
+    """Returns `axes` as distinct, non-negative integers in ascending order."""
     given = integers(axes, name)
     for axis in given:
         if not -ndim <= axis < ndim:
@@ -33,7 +33,7 @@ def canonical(axes: Axes, ndim: int, name: str = "feature_axes") -> tuple[int, .
 
 
 def shape(features: int | Sequence[int], name: str = "features") -> tuple[int, ...]:
-    """`features` as the shape of a feature vector."""
+    """Returns `features` as the shape of a feature vector."""
     found = integers(features, name)
     if any(n < 0 for n in found):
         raise ValueError(f"`{name}` must not be negative, got {features!r}.")
@@ -51,7 +51,7 @@ def lengths(x: jax.Array, axes: Sequence[int]) -> tuple[int, ...]:
 
 
 def batch_axis(feature_axes: Sequence[int], x: jax.Array) -> int:
-    """The axis of examples: the first that is no feature axis."""
+    """The batch axis: the first axis that is not a feature axis."""
     reduced = others(feature_axes, x.ndim)
     if not reduced:
         raise ValueError(
@@ -62,9 +62,9 @@ def batch_axis(feature_axes: Sequence[int], x: jax.Array) -> int:
 
 
 def expand(vector: jax.Array, feature_axes: Sequence[int], ndim: int) -> jax.Array:
-    """A vector over the feature axes, reshaped to broadcast against rank `ndim`.
+    """Reshapes a vector over the feature axes to broadcast against rank `ndim`.
 
-    Axes of `vector` before the features belong to the first reduced axes of `x`.
+    Axes of `vector` before the feature axes match the first reduced axes of `x`.
     """
     leading = others(feature_axes, ndim)[: vector.ndim - len(feature_axes)]
     axes = (*leading, *feature_axes)
@@ -72,7 +72,7 @@ def expand(vector: jax.Array, feature_axes: Sequence[int], ndim: int) -> jax.Arr
 
 
 def is_per_example(vector: jax.Array | None, feature_axes: Sequence[int]) -> bool:
-    """Whether `vector` has axes before those of the features."""
+    """Whether `vector` has axes before the feature axes."""
     return vector is not None and vector.ndim > len(feature_axes)
 
 
@@ -84,9 +84,9 @@ def require_features(
     *,
     per_example: bool = False,
 ) -> None:
-    """Refuses a vector whose shape is not that of the feature axes of `x`.
+    """Raises unless `vector` has the shape of the feature axes of `x`.
 
-    With `per_example`, its first axes may be the first reduced axes of `x`.
+    With `per_example`, leading axes may match the first reduced axes of `x`.
     """
     expected = features = lengths(x, feature_axes)
     leading = others(feature_axes, x.ndim)[: vector.ndim - len(feature_axes)]
@@ -104,7 +104,7 @@ def require_features(
 
 
 def aligned(name: str, array: jax.Array, x: jax.Array, hint: str) -> jax.Array:
-    """`array` reshaped to the rank of `x`, refused unless it broadcasts against it."""
+    """Reshapes `array` to the rank of `x`; raises unless it broadcasts against `x`."""
     shape = (1,) * (x.ndim - array.ndim) + array.shape
     if len(shape) > x.ndim or any(
         a not in (1, n) for a, n in zip(shape, x.shape, strict=True)
@@ -120,7 +120,7 @@ def aligned(name: str, array: jax.Array, x: jax.Array, hint: str) -> jax.Array:
 def weights_like(
     weights: ArrayLike, x: jax.Array, dtype, name: str = "weights"
 ) -> jax.Array:
-    """Weights as data: the rank of `x`, boolean or cast to `dtype`, no gradient."""
+    """Weights with the rank of `x`, boolean or cast to `dtype`, without gradient."""
     weights = lax.stop_gradient(_dtypes.array(name, weights))
     if jnp.issubdtype(weights.dtype, jnp.complexfloating):
         raise TypeError(
@@ -134,7 +134,7 @@ def weights_like(
 
 
 def integers(values: int | Sequence[int], name: str) -> tuple[int, ...]:
-    """One integer or several as a tuple."""
+    """Returns one or several integers as a tuple."""
     try:
         return tuple(map(operator.index, np.atleast_1d(np.asarray(values, object))))
     except TypeError:

@@ -1,4 +1,4 @@
-"""`batch_norm`: moments and normalization as one, with a hand-written derivative."""
+"""`batch_norm`: moments and normalization in one, with a hand-written derivative."""
 
 import jax
 import numpy as np
@@ -25,48 +25,47 @@ def batch_norm(
     derivatives: str = "vjp",
     implementation: str | None = None,
 ) -> tuple[jax.Array, Moments]:
-    """Normalizes `x` by its own mean and variance, as training does.
+    """Normalizes `x` by its own mean and variance, as in training.
 
         m = moments(x)      y = (x − m.mean) · (scale / √(m.var + epsilon)) + bias
 
-    This is `moments` and `normalize` one after the other, with a derivative that keeps
-    only `x` and feature vectors for the backward pass, and takes one all-reduce there
-    if `axis_name` is given. Losses may use the returned moments as well.
+    This is `moments` followed by `normalize`, with a derivative that keeps only `x` and
+    feature vectors for the backward pass, and needs one all-reduce there if `axis_name`
+    is given. A loss may also depend on the returned moments.
 
     Args:
       x: Floating or complex array.
       scale: Factor γ with the shape of the feature axes, in ascending order; by default
-        1. Axes before those of the features belong to the first reduced axes of `x`:
-        one vector per example.
-      bias: Summand β, shaped as `scale`; by default 0.
-      feature_axes: The axes that are kept, an integer or a tuple. By default the last.
-      epsilon: Added to the variance. A number or a scalar array, and data: gradients
-        stop there.
-      weights: As for `moments`. They decide what the statistics are of; all of `x` is
-        normalized. NaN and infinity where the weight is 0 make y NaN there, and reach
-        no gradient of a loss that leaves these positions out.
-      shift: As for `moments`: a running mean saves one pass over `x`.
+        1. Axes before the feature axes match the first reduced axes of `x`: one vector
+        per example.
+      bias: Offset β, shaped like `scale`; by default 0.
+      feature_axes: The axes to keep, an integer or a tuple. By default the last.
+      epsilon: Added to the variance. A number or a scalar array; gradients stop there.
+      weights: As for `moments`. They only affect the statistics; all of `x` is
+        normalized. NaN and infinity where the weight is 0 stay in y, but do not reach
+        the gradient of a loss that leaves these positions out.
+      shift: As for `moments`. A running mean saves one pass over `x`.
       axis_name: As for `moments`.
       axis_index_groups: As for `moments`.
-      dtype: The output's dtype, by default that of `x`. May be complex for real `x`,
-        and must be where `scale` or `bias` is.
-      derivatives: "vjp" has reverse mode, and reverse or forward mode over it. "jvp"
-        has every mode at the same cost on one device, but for the CPU kernels, which
-        its backward pass does not use; across devices it issues more all-reduces. With
-        a vector per example, either word has every mode.
+      dtype: The output's dtype, by default the dtype of `x`. May be complex for real
+        `x`, and must be if `scale` or `bias` is complex.
+      derivatives: "vjp" supports reverse mode, and reverse or forward mode over it.
+        "jvp" supports every mode at the same cost on one device, except that its
+        backward pass does not use the CPU kernels; across devices it issues more
+        all-reduces. With a vector per example, both support every mode.
       implementation: As for `moments`: None, "xla" or "native". With "vjp" the kernels
-        compute the backward pass, too. "native" is refused with a vector per example.
+        also compute the backward pass. "native" raises with a vector per example.
 
     Returns:
       The output, with the shape of `x`, and the `Moments` of `x`. A batch whose total
-      weight is 0 is normalized by mean `shift` (or 0) and variance 0.
+      weight is 0 is normalized with mean `shift` (or 0) and variance 0.
 
     Raises:
-      TypeError: An argument is not floating or complex, or complex where the output is
-        real.
+      TypeError: An argument is not floating or complex, or is complex where the output
+        is real.
       ValueError: A shape does not fit, an axis is out of range or named twice,
-        `derivatives` or `implementation` is another word, or the latter demands what is
-        not to be had.
+        `derivatives` or `implementation` is unknown, or the implementation is not
+        available.
       NameError: `axis_name` is not bound.
 
     Example:
@@ -93,7 +92,7 @@ def batch_norm(
 
 
 def _require_no_demand(batch: Batch, **vectors: ArrayLike | None) -> None:
-    """Refuses vectors per example where the kernels are demanded."""
+    """Raises for a vector per example if the kernels are required."""
     for name, vector in vectors.items():
         per_example = np.ndim(vector) > len(batch.feature_axes)  # type: ignore  (None)
         if batch.kernels and batch.kernels.demanded and per_example:
@@ -114,10 +113,10 @@ def normalize_batch(
     dtype: DTypeLike | None,
     derivatives: str,
 ) -> jax.Array:
-    """A batch normalized by `m`: its own moments, on which the rule relies."""
+    """Normalizes a batch by `m`, its own moments; the rule relies on this."""
     options, *operands = rule_arguments(batch, m, scale, bias, epsilon, dtype)
     if any(_axes.is_per_example(v, batch.feature_axes) for v in operands[1:3]):
-        # Their cotangents are no channel sums: the plain composition.
+        # Their cotangents are not channel sums: use the plain composition.
         return options.normalize(*operands)
     x, *vectors, given = _rules.rule_operands(*operands)
     if derivatives == "jvp":
@@ -128,7 +127,7 @@ def normalize_batch(
 
 
 def require_derivatives(derivatives: str) -> None:
-    """Refuses another word than the two forms'."""
+    """Raises unless `derivatives` names one of the two forms."""
     if derivatives not in ("vjp", "jvp"):
         raise ValueError(f"`derivatives` must be 'vjp' or 'jvp', got {derivatives!r}.")
 
@@ -141,7 +140,7 @@ def rule_arguments(
     epsilon: ArrayLike,
     dtype: DTypeLike | None,
 ) -> tuple:
-    """The rule's options, x, scale, bias and what else it is given, checked."""
+    """Checks the arguments; returns the rule's options, x, scale, bias and `Given`."""
     x, axes = batch.x, batch.feature_axes
     dtype = _dtypes.output(x.dtype, dtype)
     scale = optional_vector("scale", scale, x, axes, dtype)

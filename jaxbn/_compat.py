@@ -1,22 +1,22 @@
-"""Every difference between JAX versions, with the version that ends it."""
+"""Everything that may differ between JAX versions."""
 
 import jax
 from jax import lax
 
 
 def varying(array: jax.Array) -> frozenset[str]:
-    """The axes of `jax.shard_map` that an array, by its type, differs along."""
+    """The `jax.shard_map` axes along which an array varies, according to its type."""
     return frozenset(jax.typeof(array).manual_axis_type.varying)
 
 
 def as_varying(array: jax.Array, names: tuple[str, ...]) -> jax.Array:
-    """`array`, with a type that says that it differs along these axes."""
+    """Marks the type of `array` as varying along these axes."""
     return lax.pcast(array, names, to="varying")
 
 
 def bound_axes() -> tuple:
-    """The names of the mapped axes around this call."""
-    try:  # JAX has no public function that knows those of vmap too.
+    """The names of the mapped axes in scope."""
+    try:  # No public JAX function includes the axes of vmap.
         from jax._src.core import get_axis_env
 
         return tuple(get_axis_env().axis_names())

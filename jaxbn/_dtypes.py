@@ -1,4 +1,4 @@
-"""Which dtypes come in, which one sums are accumulated in, and which one goes out."""
+"""Dtypes of inputs, sums and outputs."""
 
 import functools
 from collections.abc import Callable
@@ -16,13 +16,13 @@ Result = TypeVar("Result")
 
 
 def accumulation(*dtypes: DTypeLike) -> Any:
-    """The real dtype of sums over values of `dtypes`: float64 if one has 64 bits."""
+    """The real dtype for sums of `dtypes`: float64 if one has 64 bits, else float32."""
     wide = any(jnp.finfo(dtype).dtype.itemsize == 8 for dtype in dtypes)
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
 def widen(array: jax.Array, *like: jax.Array | None) -> jax.Array:
-    """`array` in the accumulation dtype of itself and `like`; complex stays complex."""
+    """Casts to the accumulation dtype of `array` and `like`; complex stays complex."""
     real = accumulation(*(a.dtype for a in (array, *like) if a is not None))
     if not jnp.iscomplexobj(array):
         return array.astype(real)
@@ -30,10 +30,10 @@ def widen(array: jax.Array, *like: jax.Array | None) -> jax.Array:
 
 
 def mixing(function: Callable[Args, Result]) -> Callable[Args, Result]:
-    """Lets a function mix dtypes by JAX's rules, also where users have it forbidden.
+    """Lets a function promote dtypes by JAX's rules, even if users have forbidden it.
 
-    (`jax_numpy_dtype_promotion="strict"`.) Here they mix on purpose: statistics are
-    wider than `x`, and real where it is complex.
+    Users forbid it with `jax_numpy_dtype_promotion="strict"`. Here dtypes are mixed on
+    purpose: statistics are wider than `x`, and variances are real for complex `x`.
     """
 
     @functools.wraps(function)
@@ -45,13 +45,13 @@ def mixing(function: Callable[Args, Result]) -> Callable[Args, Result]:
 
 
 def complex_like(dtype: DTypeLike) -> Any:
-    """The complex dtype that holds what `dtype` does, at least complex64."""
+    """The complex dtype with the precision of `dtype`, at least complex64."""
     real = jnp.finfo(dtype).dtype
     return jnp.dtype(jnp.complex128 if real.itemsize == 8 else jnp.complex64)
 
 
 def checked(name: str, dtype: DTypeLike) -> np.dtype:
-    """`dtype` as NumPy's, refused unless it is floating or complex."""
+    """Returns `dtype` as a NumPy dtype; raises unless it is floating or complex."""
     try:
         found = jnp.dtype(dtype)
     except TypeError:
@@ -64,7 +64,7 @@ def checked(name: str, dtype: DTypeLike) -> np.dtype:
 
 
 def number(name: str, value: ArrayLike) -> float:
-    """`value` as Python's number, refused unless it is a real one."""
+    """Returns `value` as a Python float; raises unless it is one real number."""
     numbers = known(value)
     kinds = jnp.integer, jnp.floating
     if numbers is None or not any(jnp.issubdtype(numbers.dtype, k) for k in kinds):
@@ -75,7 +75,7 @@ def number(name: str, value: ArrayLike) -> float:
 
 
 def array(name: str, value: ArrayLike) -> jax.Array:
-    """`value` as an array."""
+    """Converts `value` to an array."""
     if isinstance(value, (tuple, list)) and any(np.ndim(v) for v in value):
         raise TypeError(
             f"`{name}` must be one array, got a {type(value).__name__} of "
@@ -88,7 +88,7 @@ def array(name: str, value: ArrayLike) -> jax.Array:
 
 
 def inexact_array(name: str, value: ArrayLike) -> jax.Array:
-    """`value` as an array, refused unless it is floating or complex."""
+    """Converts `value` to an array; raises unless it is floating or complex."""
     found = array(name, value)
     if not jnp.issubdtype(found.dtype, jnp.inexact):
         raise TypeError(
@@ -99,7 +99,7 @@ def inexact_array(name: str, value: ArrayLike) -> jax.Array:
 
 
 def known(value: ArrayLike) -> np.ndarray | None:
-    """The numbers of `value`; None where they are traced, or on other machines."""
+    """The concrete numbers in `value`; None if traced or partly on other machines."""
     if isinstance(value, Tracer):
         return None
     if (as_jax := getattr(value, "__jax_array__", None)) is not None:
@@ -108,12 +108,12 @@ def known(value: ArrayLike) -> np.ndarray | None:
         return None
     numbers = np.asarray(value)
     if jnp.issubdtype(numbers.dtype, jnp.floating):
-        return numbers.astype(np.float64)  # NumPy warns of NaN in narrow ones.
+        return numbers.astype(np.float64)  # NumPy warns about NaN in narrow dtypes.
     return numbers
 
 
 def require_no_imaginary_loss(name: str, array: jax.Array, into: str, dtype) -> None:
-    """Refuses a complex `name` where what takes it up, `into`, is real."""
+    """Raises if the array `name` is complex and its destination `into` is real."""
     if jnp.iscomplexobj(array) and not _is_complex(dtype):
         raise TypeError(
             f"`{name}` is complex ({array.dtype}) where `{into}` is real "
@@ -123,7 +123,7 @@ def require_no_imaginary_loss(name: str, array: jax.Array, into: str, dtype) -> 
 
 
 def output(x_dtype: DTypeLike, dtype: DTypeLike | None) -> Any:
-    """The output's dtype: `dtype`, by default that of `x`."""
+    """The output's dtype: `dtype`, by default the dtype of `x`."""
     if dtype is None:
         return jnp.dtype(x_dtype)
     dtype = checked("dtype", dtype)
@@ -136,7 +136,7 @@ def output(x_dtype: DTypeLike, dtype: DTypeLike | None) -> Any:
 
 
 def randomly_rounded(new: jax.Array, nearest: jax.Array, step: jax.Array) -> jax.Array:
-    """One of the two numbers next to `new`, the nearer one more often: no bias."""
+    """Rounds `new` up or down at random, more often to the nearer number: no bias."""
     rest = new - nearest.astype(new.dtype)
     other = jnp.nextafter(nearest, jnp.where(rest > 0, jnp.inf, -jnp.inf))
     other = other.astype(nearest.dtype)
@@ -146,10 +146,10 @@ def randomly_rounded(new: jax.Array, nearest: jax.Array, step: jax.Array) -> jax
 
 
 def _uniform(value: jax.Array, step: jax.Array) -> jax.Array:
-    """Numbers from 0 to 1 that are as good as random: a hash of the two."""
+    """Pseudo-random numbers from 0 to 1: a hash of `value` and `step`."""
     bits = lax.bitcast_convert_type(value.astype(jnp.float32), jnp.uint32)
     bits = bits ^ (step.astype(jnp.uint32) * jnp.uint32(0x9E3779B9))
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):  # Murmur3's.
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):  # Murmur3.
         bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
     return (bits >> 8).astype(jnp.float32) * 2.0**-24
 

@@ -19,7 +19,7 @@ class Moments(NamedTuple):
       mean: Array with the shape of the feature axes; complex for complex data.
       var: Biased variance E[|x − mean|²], real and never negative, of the same shape.
       count: The total weight n, summed over all devices: a scalar, or an array with the
-        shape of the feature axes where the weights have these axes, and not 1 instead.
+        shape of the feature axes if the weights have these axes (not of length 1).
 
     Example:
       >>> import jaxbn, jax.numpy as jnp
@@ -43,48 +43,48 @@ def moments(
     axis_index_groups: _devices.Groups | None = None,
     implementation: str | None = None,
 ) -> Moments:
-    """Mean and biased variance of `x` over all axes but the feature axes.
+    """Mean and biased variance of `x` over all axes except the feature axes.
 
         n = Σw      mean = Σwx / n      var = Σw|x − mean|² / n
 
-    All sums run over the reduced axes and over the devices of `axis_name`, so that the
-    result is that of the whole batch, however it is spread.
+    All sums run over the reduced axes and over the devices of `axis_name`, so the
+    result describes the whole batch, however it is split.
 
     Args:
       x: Floating or complex array of any rank. Sums are accumulated in float32, or in
         float64 for 64-bit input.
-      feature_axes: The axes that are kept, an integer or a tuple. By default the last.
+      feature_axes: The axes to keep, an integer or a tuple. By default the last.
       weights: Boolean mask or non-negative numbers (frequencies) that broadcast against
         `x` by NumPy's rule; by default all 1. Where the weight is 0, `x` may be
-        anything, NaN and infinity included. Weights are data: gradients stop there.
+        anything, including NaN and infinity. Gradients stop at the weights.
       shift: Chooses the algorithm. None reads `x` twice and is exact for any ratio of
         mean to standard deviation. An array with the shape of the feature axes, near
-        the mean (a running mean), reads `x` once, and is as exact as it is near: the
-        relative error of the variance grows as 1 + ((shift − mean) / std)². It must be
-        the same on all devices of `axis_name` (of each group, if there are groups); its
-        entries that are not finite count as 0. A shift is data: gradients stop there.
+        the mean (such as a running mean), reads `x` once; the nearer, the more exact:
+        the relative error of the variance grows as 1 + ((shift − mean) / std)². It must
+        be the same on all devices of `axis_name` (of each group, if there are groups).
+        Entries that are not finite count as 0. Gradients stop at the shift.
       axis_name: Name or names of mapped axes (`jax.shard_map`, `jax.pmap`, `jax.vmap`)
         to sum over. With a shift this takes one all-reduce; without one, or with the
         CPU kernels, two.
       axis_index_groups: Groups of indices that partition the one named axis; each group
-        then has moments of its own.
-      implementation: What computes the sums. None takes the kernels of jaxbn-cpu where
-        they are installed, know these dtypes and axes, and the program is lowered for a
-        CPU; there, one read of `x` is exact about any shift. "xla" declines them, and
-        "native" demands them.
+        then has its own moments.
+      implementation: How the sums are computed. None uses the kernels of jaxbn-cpu if
+        they are installed and support these dtypes and axes, and the program is lowered
+        for a CPU; they read `x` once and are exact for any shift. "xla" never uses
+        them, "native" requires them.
 
     Returns:
       `Moments(mean, var, count)` in the accumulation dtype; `mean` and `var` have the
       shape of the feature axes, in ascending order. Where the total weight is 0, `var`
-      is 0 and `mean` is the shift, or 0. The sums over devices carry the name
+      is 0 and `mean` is the shift, or 0. The sums over devices are named
       "jaxbn_moments" for `jax.checkpoint` policies.
 
     Raises:
-      TypeError: `x` is not floating or complex, or `weights` or `shift` are complex
-        where `x` is real.
-      ValueError: An axis is out of range or named twice, `shift` has another shape
-        than the feature axes, `weights` do not broadcast, the groups do not partition
-        the axis, or `implementation` is another word or demands what is not to be had.
+      TypeError: `x` is not floating or complex, `weights` are complex, or `shift` is
+        complex where `x` is real.
+      ValueError: An axis is out of range or named twice, `shift` does not have the
+        shape of the feature axes, `weights` do not broadcast, the groups do not
+        partition the axis, or `implementation` is unknown or not available.
       NameError: `axis_name` is not bound.
 
     Example:
@@ -96,8 +96,8 @@ def moments(
 
     References:
       Chan, Golub and LeVeque, "Algorithms for computing the sample variance" (1983):
-      the shifted sums, and the corrected two-pass algorithm, which is the shifted one
-      about the mean of a first pass.
+      the shifted sums, and the corrected two-pass algorithm, which shifts by the mean
+      of a first pass.
     """
     over = axis_name, axis_index_groups
     batch = checked_batch(x, feature_axes, weights, *over, implementation)
@@ -112,30 +112,30 @@ def merge_moments(
     shift: ArrayLike | None = None,
     axis_name: _devices.AxisName | None = None,
 ) -> Moments:
-    """Pools stacked moments into those of all their data together.
+    """Pools the moments of several parts into the moments of all their data.
 
         n = Σnₖ      mean = Σnₖ·meanₖ / n
         var = Σnₖ·varₖ / n + Σnₖ|meanₖ − mean|² / n
 
-    The result is that of `moments` on the concatenated batches, in any order and for
-    any counts; empty parts (count 0) do not matter.
+    The result equals `moments` of the concatenated batches, in any order and for any
+    counts; empty parts (count 0) do not matter.
 
     Args:
       moments_: `Moments` whose arrays have additional axes, as `jax.lax.scan` and
-        `jax.vmap` stack them. A count that was a scalar has only these axes; where they
-        come first, it may also have any first axes of the features (a layer's, or
-        `domain`'s) and lack the rest.
+        `jax.vmap` stack them. A count that was a scalar has only these axes. If they
+        come first, it may also have some leading feature axes (of stacked layers, or of
+        `domain`) and lack the rest.
       axis: The stacked axes, as axes of `moments_.mean`.
-      shift: As for `moments`: with a vector near the pooled mean, `axis_name` takes one
-        all-reduce, without one two.
-      axis_name: As for `moments`: pools what every device has stacked, too.
+      shift: As for `moments`: `axis_name` takes one all-reduce with a vector near the
+        pooled mean, and two without.
+      axis_name: As for `moments`: also pools over these devices.
 
     Returns:
       `Moments` without the stacked axes.
 
     Raises:
       ValueError: An axis is out of range, or `moments_.count` has neither the shape of
-        the stacked axes nor that of `moments_.mean`.
+        the stacked axes nor the shape of `moments_.mean`.
       NameError: `axis_name` is not bound.
 
     Example:
@@ -189,15 +189,15 @@ def merge_moments(
 
 
 def _leads(count: jax.Array, mean: jax.Array, stacked: tuple[int, ...]) -> bool:
-    """Whether a count has the mean's first axes, the stacked ones before all others."""
+    """Whether a count has the first axes of the mean, and the stacked axes lead."""
     first = stacked == tuple(range(len(stacked))) and count.ndim >= len(stacked)
     return first and count.shape == mean.shape[: count.ndim]
 
 
 class Batch(NamedTuple):
-    """What moments are of, checked: an array, its weights, the devices it is over.
+    """A checked batch: an array, its weights, and the devices it is split over.
 
-    `kernels` compute the sums; None has XLA compute them.
+    `kernels` compute the sums; if None, XLA does.
     """
 
     x: jax.Array
@@ -214,12 +214,12 @@ class Batch(NamedTuple):
         if count.size == 1 and _devices.is_spread_further(
             self.x, self.weights, self.axis_name
         ):
-            # Features are split, one to a device; weights, and so counts, are not.
+            # Features are split, one per device; weights, and thus counts, are not.
             count = count.reshape(())
         return count
 
     def all_sum(self, *sums: jax.Array) -> list[jax.Array]:
-        """The sums over the devices, by the name that policies of remat know."""
+        """The sums over the devices, named for remat policies."""
         total = _devices.all_sum(sums, self.axis_name, self.axis_index_groups)
         return [checkpoint_name(s, "jaxbn_moments") for s in total]
 
@@ -232,7 +232,7 @@ def checked_batch(
     axis_index_groups: _devices.Groups | None,
     implementation: str | None,
 ) -> Batch:
-    """A batch as users pass it."""
+    """Checks the arguments that users pass, and makes a batch of them."""
     x = _dtypes.inexact_array("x", x)
     axes = _axes.canonical(feature_axes, x.ndim)
     if weights is not None:
@@ -243,7 +243,7 @@ def checked_batch(
 
 
 def moments_about(shift: ArrayLike | None, batch: Batch) -> Moments:
-    """`moments` of a batch that was checked."""
+    """`moments` of a checked batch."""
     shift, kernels = _checked_shift(shift, batch), batch.kernels
     if kernels and batch.axis_name is not None and shift is not None:
         kernels = _kernels.unless_for_accelerators(kernels)
@@ -265,13 +265,13 @@ def _pooled(
 ) -> Moments:
     """The moments of values, or of parts whose means are `batch.x`.
 
-    `central_sums(x, center, weights, feature_axes)` returns Σwδ, Σw|δ|² and, of parts,
-    the sum of their own variances. This device's mean, where it is known, is a better
-    center than the shift. Moments do not depend on the center, and neither do their
-    derivatives: it is constant.
+    `central_sums(x, center, weights, feature_axes)` returns Σwδ, Σw|δ|² and, for parts,
+    the sum of their variances. This device's mean, if known, is a better center than
+    the shift. The center is a constant, because neither moments nor their derivatives
+    depend on it.
     """
     _devices.require_bound(batch.axis_name, batch.axis_index_groups)
-    if shift is not None and batch.axis_index_groups is None:  # Or in each group.
+    if shift is not None and batch.axis_index_groups is None:  # Groups may differ.
         _devices.require_same_on_all("shift", shift, batch.axis_name)
     data = batch.weights, batch.feature_axes
     if shift is not None and known_mean is None:
@@ -285,7 +285,7 @@ def _pooled(
 
 
 def _mean(batch: Batch, here: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """A first pass: the mean, as a constant, and the count. `here` is this device's."""
+    """First pass: the mean, as a constant, and the count. `here` is the local mean."""
     count = batch.count
     if here is not None and batch.axis_name is None:
         mean, count = batch.all_sum(here, count)
@@ -306,7 +306,7 @@ def _from_sums(
     second: jax.Array,
     within: jax.Array | None = None,
 ) -> Moments:
-    """The moments, of their sums about a center."""
+    """The moments from sums about a center."""
     offset = _sums.over(first, count)
     # Where Σ|δ|² overflows, var is infinite, not inf − inf.
     excess = jnp.where(jnp.isfinite(second), _sums.squared(offset), 0)
@@ -319,7 +319,7 @@ def _from_sums(
 
 
 def whole_count(m: Moments) -> jax.Array:
-    """The count in the shape of the mean, and in its sharding."""
+    """The count with the shape and sharding of the mean."""
     mean, count = jnp.asarray(m.mean), jnp.asarray(m.count)
     count = jnp.expand_dims(count, tuple(range(count.ndim, mean.ndim)))
     return _devices.shard_like(jnp.broadcast_to(count, mean.shape), mean)

@@ -1,4 +1,4 @@
-"""`normalize`: from given statistics to the output."""
+"""`normalize`: the output for given statistics."""
 
 import functools
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn import _axes, _devices, _dtypes, _sums
 
-# The name of the compiled function that `normalize` is, by which programs are searched.
+# The name of the compiled function of `normalize`, used to find it in programs.
 NAME = "jaxbn_normalize"
 OPTIONAL = ("scale", "bias")
 
@@ -32,30 +32,29 @@ def normalize(
 
         y = (x − mean) · (scale / √(var + epsilon)) + bias
 
-    With running statistics this is batch norm's inference. The mean is subtracted
-    first, in float32 or wider: `x·a + b` loses 40 times the precision where mean/std is
+    With running statistics this is batch norm at inference. The mean is subtracted
+    first, in float32 or wider: `x·a + b` is 40 times less precise where mean/std is
     large. Differentiable in every mode, to every order.
 
     Args:
       x: Floating or complex array.
       mean: Array with the shape of the feature axes, in ascending order. This and the
-        following vectors may have further axes before those of the features, which
-        belong to the first reduced axes of `x`: one vector per example.
-      var: Variance, real, shaped as `mean`.
-      scale: Factor γ, shaped as `mean`; by default 1.
-      bias: Summand β, shaped as `mean`; by default 0.
+        following vectors may have further axes before the feature axes, which match the
+        first reduced axes of `x`: one vector per example.
+      var: Variance, real, shaped like `mean`.
+      scale: Factor γ, shaped like `mean`; by default 1.
+      bias: Offset β, shaped like `mean`; by default 0.
       feature_axes: The axes of `x` that the vectors run along. By default the last.
-      epsilon: Added to the variance. A number or a scalar array, and data: gradients
-        stop there.
-      dtype: The output's dtype, by default that of `x`. May be complex for real `x`,
-        and must be where one of the vectors is complex.
+      epsilon: Added to the variance. A number or a scalar array; gradients stop there.
+      dtype: The output's dtype, by default the dtype of `x`. May be complex for real
+        `x`, and must be if one of the vectors is complex.
 
     Returns:
       Array with the shape of `x`.
 
     Raises:
-      TypeError: An argument is not floating or complex, `var` is complex, or another
-        vector or `x` is while the output is not.
+      TypeError: An argument is not floating or complex, `var` is complex, or `x` or
+        another vector is complex where the output is not.
       ValueError: An axis is out of range or named twice, or a vector does not have the
         shape of the feature axes.
 
@@ -86,7 +85,7 @@ def normalize_given(
     weights: ArrayLike | None,
     dtype: DTypeLike | None,
 ) -> jax.Array:
-    """`normalize`, where NaN under `weights` reaches no gradient."""
+    """`normalize`, where NaN with weight 0 does not reach any gradient."""
     x = _dtypes.inexact_array("x", x)
     axes = _axes.canonical(feature_axes, x.ndim)
     dtype = _dtypes.output(x.dtype, dtype)
@@ -107,7 +106,7 @@ def normalize_masked(
     by: Callable[..., jax.Array] | None = None,
     **options: Any,
 ) -> jax.Array:
-    """`by`, but x itself where it is masked and not finite.
+    """Applies `by`, but returns x itself where it is masked and not finite.
 
     `by` is `normalized`, or a function of the same operands; the weights come last.
     """
@@ -115,7 +114,7 @@ def normalize_masked(
     *vectors, weights = vectors_and_weights
     if weights is None:
         return by(x, *vectors, **options)
-    # NaN under the mask passes by the arithmetic, whose derivative would be 0 · NaN.
+    # Masked NaN bypasses the arithmetic, whose derivative would be 0 · NaN.
     masked = _sums.masked_nonfinite(x, weights)
     y = by(jnp.where(masked, 0, x), *vectors, **options)
     return _devices.where(masked, x.astype(y.dtype), y)
@@ -132,7 +131,7 @@ def normalized(
     feature_axes: tuple[int, ...],
     dtype,
 ) -> jax.Array:
-    """`normalize` of operands that were checked."""
+    """`normalize` for checked operands."""
     apply = _named_apply(feature_axes, dtype, scale is not None, bias is not None)
     return apply(x, mean, var, scale, bias, epsilon)
 
@@ -140,7 +139,7 @@ def normalized(
 def checked_vector(
     name: str, vector: ArrayLike, x: jax.Array, feature_axes: tuple[int, ...], dtype
 ) -> jax.Array:
-    """A feature vector for `x`, or one per example, as an array."""
+    """Checks a feature vector for `x`, or one per example; returns it as an array."""
     array = _dtypes.inexact_array(name, vector)
     _dtypes.require_no_imaginary_loss(name, array, "dtype", dtype)
     _axes.require_features(name, array, x, feature_axes, per_example=True)
@@ -192,8 +191,8 @@ def _rsqrt(x: jax.Array) -> jax.Array:
 @_rsqrt.defjvp
 @_dtypes.mixing
 def _rsqrt_jvp(primals, tangents):
-    # One factor after the other: their product overflows where x is 1e-30, and is then
-    # infinity times 0 for a feature that is constant.
+    # Factor by factor: inv³ overflows where x is 1e-30, and would then be infinity
+    # times 0 for a constant feature.
     inv = _rsqrt(*primals)
     return inv, -0.5 * tangents[0] * inv * inv * inv
 
@@ -209,12 +208,12 @@ def normalized_in_two_steps(
     feature_axes: tuple[int, ...],
     dtype,
 ) -> jax.Array:
-    """`normalized` in two operations an element instead of three.
+    """`normalized` in two operations per element instead of three.
 
         y = (x − m)·k      k = scale / √(var + epsilon)      m = mean − bias / k
 
-    What rounds m is of the size of what rounds the mean or the bias: y is as exact, to
-    a factor of 2. Where k is next to nothing beside the bias, y is the bias.
+    The rounding error of m is about as large as that in the mean or the bias, so y is
+    as exact up to a factor of 2. Where k is negligible next to the bias, y is the bias.
     """
     vectors = (mean, var, scale, bias)
     mean, var, bias = (_dtypes.widen(v, x, *vectors) for v in (mean, var, bias))
@@ -230,7 +229,7 @@ def normalized_in_two_steps(
 
 @functools.cache
 def _named_apply(feature_axes: tuple[int, ...], dtype, has_scale: bool, has_bias: bool):
-    """The formula as a compiled function, named for the operands that it takes."""
+    """The formula as a compiled function, named after its operands."""
 
     def apply(x, mean, var, scale, bias, epsilon):
         vectors = (mean, var, scale, bias)
@@ -250,12 +249,12 @@ def _named_apply(feature_axes: tuple[int, ...], dtype, has_scale: bool, has_bias
         n for n, has in zip(OPTIONAL, (has_scale, has_bias), strict=True) if has
     ]
     apply.__name__ = "_".join([NAME, "axis", *map(str, feature_axes), *optional])
-    # What its derivative keeps is x, not x − mean.
+    # Its derivative keeps x, not x − mean.
     return jax.jit(jax.checkpoint(apply, prevent_cse=False))
 
 
 def operands_of(name: str) -> list[str] | None:
-    """The operands of the compiled function of this name; None of another function."""
+    """The operands of the compiled function `name`; None for any other function."""
     if not name.startswith(NAME):
         return None
     words = name.split("_")

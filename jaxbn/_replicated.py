@@ -1,4 +1,4 @@
-"""State that is to be the same on every device: made so, and checked."""
+"""Makes state the same on every device, and checks that it is."""
 
 import hashlib
 from collections.abc import Mapping
@@ -17,30 +17,30 @@ from jaxbn._moments import moments
 
 @_dtypes.mixing
 def sync_stats(stats: Any, axis_name: _devices.AxisName) -> Any:
-    """Pools running statistics that every device has tracked for itself.
+    """Pools running statistics that each device has tracked on its own.
 
         mean = E[meanₖ]      var = E[varₖ] + E[|meanₖ − mean|²]      over devices k
 
-    This is the law of total variance: the moments of all that the devices have seen, if
-    each has seen as much as the others. Devices that have made no update do not count.
+    By the law of total variance, these are the moments of all the data, if every device
+    has seen the same amount. Devices without updates do not count.
 
-    It is not what training with `axis_name` would have tracked. There the variance of
-    each batch is that of the whole batch; here it is that of the parts, whose means
-    differ from batch to batch, averaged over time before they are compared. And what a
-    network learns, normalized by the statistics of parts, is something else.
+    Training with `axis_name` tracks something else: the variance of each whole batch.
+    Here, each device tracks the variance of its part of the batch; the means of the
+    parts, which differ from batch to batch, are averaged over time before they are
+    compared. A network normalized by the statistics of parts also learns differently.
 
     Args:
-      stats: The state of a layer, or a tree of dicts and lists that holds such or
+      stats: The state of a layer, or a tree of dicts and lists of such states or of
         Flax's `batch_stats` (dicts with "mean" and "var" or "std", and maybe "step").
       axis_name: Name or names of mapped axes to pool over.
 
     Returns:
-      The same tree with the same dtypes, equal on every device. `step` is that of the
+      The same tree with the same dtypes, equal on every device. `step` comes from the
       device with the most updates.
 
     Raises:
       NameError: `axis_name` is not bound.
-      TypeError: The tree has a leaf that belongs to no mean and variance.
+      TypeError: The tree has a leaf that does not belong to a mean and variance.
 
     Example:
       >>> import jax, jaxbn, jax.numpy as jnp
@@ -72,16 +72,16 @@ def sync_stats(stats: Any, axis_name: _devices.AxisName) -> Any:
 
 
 def assert_replicated(tree: Any, *, stacked: bool = False) -> None:
-    """Asserts that every array of a tree is the same on every device, bit for bit.
+    """Asserts that every array in a tree is the same on every device, bit for bit.
 
-    An array may say that it is replicated and yet hold another value on each device:
-    `jax.shard_map` with `check_vma=False` believes its `out_specs`. Statistics that
-    were not synchronized come out of it like that, and checkpoints keep one device's.
+    An array may claim to be replicated and yet hold a different value on each device:
+    `jax.shard_map` with `check_vma=False` trusts its `out_specs`. Unsynchronized
+    statistics come out of it like this, and a checkpoint keeps one device's values.
 
     Args:
       tree: Any tree of concrete arrays: parameters, running statistics. With several
-        processes every one of them must call this with its own view of the same tree.
-      stacked: Whether arrays have a first axis of devices, as `jax.pmap` and `jax.vmap`
+        processes, each must call this with its own view of the same tree.
+      stacked: Whether arrays have a leading device axis, as `jax.pmap` and `jax.vmap`
         return them; then all rows must be equal.
 
     Returns:
@@ -119,8 +119,8 @@ def assert_replicated(tree: Any, *, stacked: bool = False) -> None:
 
 
 def _pooled(stats: Mapping[str, jax.Array], axis_name: _devices.AxisName) -> dict:
-    # A device that has updated nothing has the initial values, which are no data; where
-    # that is all of them, their average is the initial values again.
+    # A device without updates has the initial values, which are not data. If no device
+    # has updates, their average is the initial values again.
     weight, pooled = jnp.ones(()), {}
     if "step" in stats:
         pooled["step"] = lax.pmax(stats["step"], axis_name)
@@ -129,7 +129,7 @@ def _pooled(stats: Mapping[str, jax.Array], axis_name: _devices.AxisName) -> dic
 
     def over_devices(vector):
         features = tuple(range(1, vector.ndim + 1))
-        own = (1, *weight.shape, *[1] * (vector.ndim - weight.ndim))  # each domain's
+        own = (1, *weight.shape, *[1] * (vector.ndim - weight.ndim))  # one per domain
         return moments(
             vector[None],
             feature_axes=features,
@@ -143,7 +143,7 @@ def _pooled(stats: Mapping[str, jax.Array], axis_name: _devices.AxisName) -> dic
 
 
 def _pooled_std(stats: Mapping[str, jax.Array], axis_name: _devices.AxisName) -> dict:
-    """The state of batch renormalization: pooled as variances are."""
+    """Pools the state of batch renormalization, converting std to variance and back."""
     rest = {name: value for name, value in stats.items() if name != "std"}
     pooled = _pooled(rest | {"var": jnp.square(_dtypes.widen(stats["std"]))}, axis_name)
     std = jnp.sqrt(pooled.pop("var"))
@@ -151,7 +151,7 @@ def _pooled_std(stats: Mapping[str, jax.Array], axis_name: _devices.AxisName) ->
 
 
 def _copies(name: str, leaf: Any, stacked: bool) -> dict[int, np.ndarray]:
-    """What this process has, by the device's id or the row's number."""
+    """The copies in this process, by device id or row number."""
     if isinstance(leaf, Tracer):
         raise TypeError(f"`{name}` is traced. Call this outside of `jax.jit`.")
     if stacked and np.ndim(leaf) == 0:
@@ -179,7 +179,7 @@ def _copies(name: str, leaf: Any, stacked: bool) -> dict[int, np.ndarray]:
 
 
 def _digests(copies: dict[int, np.ndarray]) -> np.ndarray:
-    """A row per copy: its number, then a hash of its bytes."""
+    """One row per copy: its number, then a hash of its bytes."""
     return np.array(
         [
             [i, *np.frombuffer(hashlib.sha256(copy.tobytes()).digest(), np.uint32)]

@@ -11,10 +11,11 @@ y = δ·k + bias depends on x directly, and through mean and var:
     ct(x)     = k·c − (w/n)·(Σk·c + conj(δ)·inv²·Re Σk·c·δ)
     ct(scale) = Σc·δ·inv         ct(bias) = Σc
 
-Neither form computes the moments: they are operands. The rules say how y depends on x
-in all, moments included, so that the operands themselves count as constant, but only to
-the first order (`_constant_to_first_order`): the derivatives of a rule see all of them.
-What is kept for the backward pass is x, in its own dtype, and feature vectors.
+Neither form computes the moments: they are operands. The rules cover the full
+dependence of y on x, including through the moments. The moments as operands are
+therefore constant, but only to first order (`_constant_to_first_order`): the
+derivatives of a rule see all of them. The backward pass keeps x, in its own dtype, and
+feature vectors.
 """
 
 from collections.abc import Callable
@@ -37,7 +38,7 @@ GPU_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 class Given(NamedTuple):
-    """Operands that the rules have no cotangent for."""
+    """Operands without a cotangent in the rules."""
 
     mean: jax.Array
     var: jax.Array
@@ -51,7 +52,7 @@ class Given(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What a rule must know while tracing."""
+    """The static options of a rule."""
 
     feature_axes: tuple[int, ...]
     dtype: Any
@@ -60,14 +61,14 @@ class Options(NamedTuple):
     kernels: _kernels.Chosen | None = None
 
     def normalize(self, x, scale, bias, given: Given, by=normalized) -> jax.Array:
-        """y, by the formula that `by` is."""
+        """y, by the formula `by`."""
         vectors = given.mean, given.var, scale, bias, given.epsilon
         options = {"feature_axes": self.feature_axes, "dtype": self.dtype}
         return normalize_masked(x, *vectors, given.weights, by=by, **options)
 
 
 def rule_operands(x, scale, bias, given: Given) -> tuple:
-    """The operands as a rule takes them: moments constant, and x varying as y does."""
+    """The operands of a rule: with constant moments, and with x varying like y."""
     mean, var = map(_constant_to_first_order, (given.mean, given.var))
     x = _devices.vary_like(x, mean, var, scale, bias, given.weights)
     return x, scale, bias, given._replace(mean=mean, var=var)
@@ -80,17 +81,17 @@ def _constant_to_first_order(x: jax.Array) -> jax.Array:
 
 @_constant_to_first_order.defjvp
 def _constant_to_first_order_jvp(primals, tangents):
-    # The primal output is the operand itself, not a call of this function: whatever
-    # differentiates next sees an identity. (stop_gradient is constant to every order.)
+    # The primal output is the operand itself, not a call of this function: the next
+    # derivative sees an identity. (stop_gradient is constant to every order.)
     (x,), _ = primals, tangents
     return x, jnp.zeros_like(x)
 
 
 def _output(options: Options, x, scale, bias, given: Given) -> jax.Array:
-    """y, in a form that GPUs do not have to store what an activation makes of it.
+    """y, in a form that lets GPUs recompute the mask of an activation, not store it.
 
-    With one operation less, XLA computes a mask such as y > 0 anew in each kernel of
-    the backward pass, from the x that it reads there anyway.
+    With one operation less, XLA recomputes a mask such as y > 0 in each kernel of the
+    backward pass, from the x that it reads there anyway.
     """
     if bias is None or jnp.iscomplexobj(bias) or x.dtype not in GPU_DTYPES:
         return options.normalize(x, scale, bias, given)
@@ -135,19 +136,19 @@ vjp_form.defvjp(_vjp_form_fwd, _vjp_form_bwd)
 def pull_back(options: Options, local, x, scale, bias, inv, k, given: Given):
     """c1 and c0 of `_sums.input_cotangent`, and the cotangents of scale and bias.
 
-    `local` are Σc and Σc·δ over this device's part, c being the cotangent of y. Of `x`
-    only the type counts: what it varies over.
+    `local` holds Σc and Σc·δ over this device's part, where c is the cotangent of y.
+    Only the type of `x` matters: the axes it varies over.
     """
     n = given.count
     over = options.axis_name, options.axis_index_groups
     if _devices.same_on_all(k, x, options.axis_name):
         total = _devices.all_sum(local, *over)
         sum_kc, sum_kc_delta = k * total[0], (k * total[1]).real
-    else:  # Scale may differ between the devices: k is summed with c.
+    else:  # Scale may differ between devices, so k is summed with c.
         with_k = k * local[0], (k * local[1]).real
         sum_kc, sum_kc_delta, *total = _devices.all_sum((*with_k, *local), *over)
     c0 = -_sums.over(sum_kc, n)
-    # Factor by factor: inv³ overflows where the variance is next to nothing.
+    # Factor by factor: inv³ overflows where the variance is tiny.
     c1 = -_sums.over(sum_kc_delta, n) * inv * inv
 
     def vector(operand, here, everywhere):
@@ -167,7 +168,7 @@ jvp_form = jax.custom_jvp(_output, nondiff_argnums=(0,))
 @_dtypes.mixing
 def _jvp_form_jvp(options: Options, primals, tangents):
     x, scale, _, given = primals
-    # Transposed, this recomputes δ from x instead of keeping it.
+    # The transpose recomputes δ from x instead of keeping it.
     tangent = jax.checkpoint(_tangent, prevent_cse=False, static_argnums=0)
     dy = tangent(options, x, scale, given, *tangents[:3])
     return jvp_form(options, *primals), dy
@@ -178,7 +179,7 @@ def _tangent(options: Options, x, scale, given: Given, dx, dscale, dbias):
     n = given.count
     x, dx, expand = _widened(options, x, dx, scale, given)
     wdx = _sums.times(dx, given.weights)
-    # The transpose turns elementwise into summed and back: hence x − mean in the sum.
+    # The transpose swaps sums and elementwise terms: hence x − mean in the sum.
     delta = (x - expand(given.mean)).conj()
     sums = _sums.cotangent_sums(wdx, delta, options.feature_axes)
     total = _devices.all_sum(
@@ -195,7 +196,7 @@ def _tangent(options: Options, x, scale, given: Given, dx, dscale, dbias):
 
 
 def _widened(options: Options, x, dx, scale, given: Given):
-    """x and its (co)tangent, to compute with, and what expands vectors to them."""
+    """x and its (co)tangent, widened, and a function that expands vectors to them."""
     expand = partial(_axes.expand, feature_axes=options.feature_axes, ndim=x.ndim)
     x, dx = _dtypes.widen(x, scale), _dtypes.widen(dx, x, scale)
     x = _sums.finite(x, given.weights, expand(given.mean))
@@ -203,6 +204,6 @@ def _widened(options: Options, x, dx, scale, given: Given):
 
 
 def as_cotangent(array: jax.Array, operand: jax.Array) -> jax.Array:
-    """In the type of the operand; the real part where that is real."""
+    """Casts to the operand's type, taking the real part if the operand is real."""
     array = array if jnp.iscomplexobj(operand) else array.real
     return _devices.shard_like(array.astype(operand.dtype), operand)

@@ -23,7 +23,7 @@ class RunningStats(NamedTuple):
     Attributes:
       mean: Array with the shape of the feature axes.
       var: Real array of the same shape.
-      step: int32 scalar, the number of updates that had any weight.
+      step: int32 scalar, the number of updates with any weight.
 
     Example:
       >>> import jaxbn
@@ -43,7 +43,7 @@ def init_stats(
 
     Args:
       features: The number of features, or the lengths of several feature axes.
-      dtype: Of `mean`; `var` has its real part's. Complex for complex data.
+      dtype: The dtype of `mean`; `var` is its real part's. Complex for complex data.
 
     Returns:
       `RunningStats(mean, var, step)`.
@@ -79,23 +79,24 @@ def update(
 
     Args:
       stats: The statistics so far.
-      moments: Those of the batch, as `moments` and `batch_norm` return them.
-      momentum: The weight of the *old* value, as in Flax, Keras and Haiku (PyTorch's
-        is the weight of the new one, 1 − this). A number from 0 to 1, an array with the
-        shape of the features, or a function of `stats.step`: `cumulative()`,
-        `debiased(0.99)`, or an optax schedule. It is data: gradients stop there.
-      unbiased: Take the batch's variance times n/(n − 1) where n > 1.
+      moments: The moments of the batch, as `moments` and `batch_norm` return them.
+      momentum: The weight of the *old* value, as in Flax, Keras and Haiku (in PyTorch
+        it is the weight of the new one, 1 − this). A number from 0 to 1, an array with
+        the shape of the features, or a function of `stats.step`: `cumulative()`,
+        `debiased(0.99)`, or an optax schedule. Gradients stop there.
+      unbiased: Whether to multiply the batch variance by n/(n − 1) where n > 1.
 
     Returns:
       `RunningStats` with the dtypes of `stats`. In float16 and bfloat16, rounding is
-      random, by a hash of what is rounded and of `stats.step`, so that small steps are
-      not lost; at step 0, and so where steps are not counted, a step that is too small
-      leads to the next number. Features without weight keep their values; the step
-      counts if any feature had weight. No gradient passes.
+      random, by a hash of the value and `stats.step`, so small steps are not lost. At
+      step 0, and thus wherever steps are not counted, a step that is too small moves to
+      the next number. Features without weight keep their values; the update counts in
+      `step` if any feature had weight. No gradient passes.
 
     Raises:
-      TypeError: Complex moments for real statistics, or `unbiased` is not a bool.
-      ValueError: Other shapes than those of `stats`, or a momentum outside 0 to 1.
+      TypeError: The moments are complex and the statistics real, or `unbiased` is not a
+        bool.
+      ValueError: The shapes do not match `stats`, or a momentum is outside 0 to 1.
 
     Example:
       >>> import jaxbn, jax.numpy as jnp
@@ -128,7 +129,7 @@ def stepped(
     share: jax.Array,
     count: jax.Array,
 ) -> RunningStats:
-    """Statistics after a step to `mean` and `var`, in which the batch has a share."""
+    """Statistics after a step to `mean` and `var`; `share` is the batch's weight."""
     had_weight = _devices.any_feature(count > 0, stats.mean, stats.step)
     step = stats.step + had_weight.astype(stats.step.dtype)
     mean = _stored(stats.mean, mean, share, stats.step)
@@ -139,14 +140,14 @@ def stepped(
 def _stored(
     old: jax.Array, new: jax.Array, share: jax.Array, step: jax.Array
 ) -> jax.Array:
-    """`new` in the dtype of `old`; in a narrow one, not rounded back to `old` for good.
+    """`new` in the dtype of `old`; a narrow dtype does not get stuck at `old`.
 
-    In bfloat16 a step of 1 % of the distance is less than half of the distance to the
-    next number, long before the batch's own value is reached. So rounding is random,
-    and right on average; the step number and the digits that are lost decide. Where
-    steps are not counted, the next number towards the batch's is taken.
+    In bfloat16, a step of 1 % of the way to the batch's value is less than half the gap
+    to the next number, long before that value is reached. So rounding is random, and
+    correct on average; the step number and the lost digits decide. Where steps are not
+    counted, the result is the next number towards the batch's value.
     """
-    # In a loop, the new ones take the place of the old: of one type, sharding included.
+    # In a loop, new arrays replace old ones, so types must match, including sharding.
     nearest = new.astype(old.dtype)
     if jnp.finfo(old.dtype).bits >= 32:
         return _devices.shard_like(nearest, old)
@@ -162,16 +163,16 @@ def _stored(
 def blended(
     old: jax.Array, new: jax.Array, keep: jax.Array, count: jax.Array
 ) -> jax.Array:
-    """`keep` of the old value and the rest of the new one, where that has weight."""
+    """keep·old + (1 − keep)·new where the batch has weight, and old elsewhere."""
     old, new = _dtypes.widen(old, new), _dtypes.widen(new, old)
-    # The two must sum to exactly 1, or errors of one sign pile up over the steps.
+    # The two factors must sum to exactly 1, or errors of one sign add up over steps.
     own = jnp.asarray(keep, _dtypes.accumulation(old.dtype))
     mixed = own * old + (1 - own) * new
     return _devices.where(count > 0, mixed, old)
 
 
 def old_weight(stats: RunningStats, momentum: Momentum) -> jax.Array:
-    """What `momentum` is at this step: a scalar or feature vector, without gradient."""
+    """The momentum at this step: a scalar or feature vector, without gradient."""
     value = momentum(stats.step) if callable(momentum) else momentum
     _check_momentum(value, stats)
     return lax.stop_gradient(jnp.asarray(value))
@@ -183,7 +184,7 @@ def cumulative() -> Callable[[jax.Array], jax.Array]:
         momentum(step) = step / (step + 1)
 
     Returns:
-      A function of the step for `update`; hashable, and equal to any other of its kind.
+      A function of the step for `update`; hashable, equal to any other `cumulative()`.
 
     Example:
       >>> import jaxbn, jax.numpy as jnp
@@ -198,13 +199,13 @@ def cumulative() -> Callable[[jax.Array], jax.Array]:
 
 
 def debiased(decay: float) -> Callable[[jax.Array], jax.Array]:
-    """A momentum that frees the exponential average from where it starts.
+    """A momentum that removes the initial value from the exponential average.
 
         momentum(t) = decay · (1 − decayᵗ) / (1 − decayᵗ⁺¹)
 
     The running value is then Σ decayᵏ·batchₜ₋ₖ / Σ decayᵏ at every step, for mean and
     variance: the first batch replaces the initial 0 and 1, and later it is the usual
-    exponential average. What is stored is already debiased.
+    exponential average. The stored statistics are already debiased.
 
     Args:
       decay: The weight of the old value in the long run, 0 ≤ decay < 1.
@@ -257,13 +258,13 @@ class _Debiased:
         t = jnp.asarray(step).astype(float)
         if self.decay == 0:
             return jnp.zeros_like(t)
-        # 1 − decayᵗ by expm1: for decay near 1 the difference would lose its digits.
+        # 1 − decayᵗ via expm1: for decay near 1 the difference would lose digits.
         log = math.log(self.decay)
         return self.decay * jnp.expm1(t * log) / jnp.expm1((t + 1) * log)
 
 
 def _as_arrays(name: str, state: Any) -> Any:
-    """Statistics or moments with arrays for fields."""
+    """Statistics or moments with all fields converted to arrays."""
     if not hasattr(state, "_asdict"):
         kind = "RunningStats" if name == "stats" else "Moments"
         raise TypeError(f"`{name}` must be `{kind}`, got {type(state).__name__}.")
@@ -303,7 +304,7 @@ def _check_update(stats: RunningStats, moments: Moments, unbiased: bool) -> None
 
 
 def require_momentum(momentum: Momentum) -> None:
-    """Refuses what is no weight of the old value, where it is known."""
+    """Raises if the momentum is known and not a weight from 0 to 1."""
     if callable(momentum):
         return
     kind = "`momentum` is the weight of the old value, a number from 0 to 1"

@@ -1,16 +1,16 @@
-"""The sums over the reduced axes that batch norm is made of, on one device.
+"""The sums over the reduced axes that batch norm needs, on one device.
 
     forward    n = Σw,  Σwδ,  Σw|δ|²    with δ = x − center
     backward   Σdy,  Σdy·δ              with δ = x − mean
 
-and what the backward sums are for, `input_cotangent`.
+and `input_cotangent`, which needs the backward sums.
 
-Weights come as `_axes.weights_like` returns them. Where a weight is 0, `x` is replaced
-before any arithmetic, so that NaN and Inf there reach nothing.
+Weights are in the form that `_axes.weights_like` returns. Where a weight is 0, `x` is
+replaced before any arithmetic, so NaN and Inf there have no effect.
 
-XLA's CPU compiler reads an elementwise producer straight into a reduction only if
-nothing else uses it; otherwise it stores the whole array. Hence `x + (-center)` in one
-sum and `x - center` in the other: equal numbers, but two expressions.
+XLA's CPU compiler fuses an elementwise producer into a reduction only if nothing else
+uses it; otherwise it stores the whole array. Hence `x + (-center)` in one sum and
+`x - center` in the other: equal numbers, but two expressions.
 """
 
 from math import prod
@@ -29,7 +29,7 @@ INT32_MAX = 2**31 - 1
 def total_weight(
     x: jax.Array, weights: jax.Array | None, feature_axes: FeatureAxes
 ) -> jax.Array:
-    """Σw: a scalar, or a feature vector where the weights have one for each feature."""
+    """Σw: a scalar, or a feature vector if each feature has its own weights."""
     dtype = _dtypes.accumulation(x.dtype)
     reduced = _axes.others(feature_axes, x.ndim)
     if weights is None:
@@ -45,9 +45,9 @@ def total_weight(
 
 
 def _counted(weights: jax.Array, reduced: FeatureAxes, dtype) -> jax.Array:
-    """Σw over the weights as they are; booleans as integers as far as these reach.
+    """Σw without broadcasting; booleans count as integers as long as int32 suffices.
 
-    One by one, float32 stops counting at 2**24, and int32 at 2**31.
+    Counting one by one, float32 stops at 2**24 and int32 at 2**31.
     """
     if weights.dtype != jnp.bool_:
         return weights.sum(reduced)
@@ -62,14 +62,14 @@ def _counted(weights: jax.Array, reduced: FeatureAxes, dtype) -> jax.Array:
 
 
 def _is_large(size: Any) -> bool:
-    """Whether int32 cannot count so far. A symbolic size is taken for a small one."""
+    """Whether `size` exceeds int32. A symbolic size counts as small."""
     return isinstance(size, int) and size > INT32_MAX
 
 
 def _opaque(count: jax.Array) -> jax.Array:
-    """`count`, of which XLA's compiler does not know that it is constant.
+    """Hides from XLA's compiler that `count` is constant.
 
-    It would make a·a/n² of the square of a/n, and that overflows.
+    Otherwise it would rewrite (a/n)² as a·a/n², which overflows.
     """
     return lax.optimization_barrier(count)
 
@@ -117,25 +117,25 @@ def input_cotangent(
     weights: jax.Array | None,
     feature_axes: FeatureAxes,
 ) -> jax.Array:
-    """k·dy + w·(c1·δ* + c0): directly, and through the moments."""
+    """k·dy + w·(c1·δ* + c0): the direct term, and the term through the moments."""
     k, c1, c0 = (_axes.expand(v, feature_axes, dy.ndim) for v in (k, c1, c0))
     through_moments = delta.conj() * c1 + c0
     return dy * k + times(through_moments, weights)
 
 
 def over(total: jax.Array, count: jax.Array) -> jax.Array:
-    """A sum over a count; 0, or next to it, where the count is 0."""
+    """A sum divided by a count; 0, or nearly 0, where the count is 0."""
     least = jnp.where(count > 0, count, jnp.finfo(count.dtype).max)
     return total / least
 
 
 def select(x: jax.Array, weights: jax.Array | None, replacement) -> jax.Array:
-    """x, and `replacement` where the weight is 0."""
+    """x, or `replacement` where the weight is 0."""
     return x if weights is None else _devices.where(_present(weights), x, replacement)
 
 
 def times(x: jax.Array, weights: jax.Array | None) -> jax.Array:
-    """wx, and 0 where the weight is 0, whatever x is there."""
+    """wx, or 0 where the weight is 0, whatever x is there."""
     if weights is None:
         return x
     product = x if weights.dtype == jnp.bool_ else x * weights
@@ -148,7 +148,7 @@ def masked_nonfinite(x: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def finite(x: jax.Array, weights: jax.Array | None, replacement) -> jax.Array:
-    """x, and `replacement` where it is masked and not finite."""
+    """x, or `replacement` where it is masked and not finite."""
     if weights is None:
         return x
     return _devices.where(masked_nonfinite(x, weights), replacement, x)

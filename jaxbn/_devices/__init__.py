@@ -1,4 +1,4 @@
-"""Devices: names of axes, sums over them, and how arrays are laid out."""
+"""Devices: axis names, sums over devices, and the sharding of arrays."""
 
 from jaxbn._devices.collectives import all_sum as all_sum
 from jaxbn._devices.collectives import any_feature as any_feature

@@ -1,4 +1,4 @@
-"""Sums over devices: the one collective, also in groups."""
+"""Sums over devices, the only collective, optionally in groups."""
 
 from collections.abc import Callable, Sequence
 
@@ -16,7 +16,7 @@ def all_sum(
     axis_name: AxisName | None,
     axis_index_groups: Groups | None = None,
 ) -> list[jax.Array]:
-    """Each array summed over the devices, those of one type by one real all-reduce."""
+    """Sums each array over the devices, with one real all-reduce per type of array."""
     if axis_name is None:
         return list(sums)
 
@@ -29,7 +29,7 @@ def all_sum(
 
 
 def gather(arrays: Sequence[jax.Array], axis_name: AxisName) -> list[jax.Array]:
-    """Each array of every device, stacked along a new first axis; the same on all."""
+    """Stacks each array of all devices along a new first axis; the same everywhere."""
     # Not lax.all_gather, whose result counts as varying under shard_map's check_vma.
     index = lax.axis_index(as_names(axis_name))
     rows = axis_size(axis_name)
@@ -37,10 +37,10 @@ def gather(arrays: Sequence[jax.Array], axis_name: AxisName) -> list[jax.Array]:
 
 
 def any_feature(flags: jax.Array, features: jax.Array, like: jax.Array) -> jax.Array:
-    """Whether one is set for any feature; on other devices too, if these have others.
+    """Whether a flag is set for any feature, on any device if features are split.
 
-    By their types: `features` differ along the axes that they are split over, and
-    `like`, which is of all features, does not.
+    Types show the split: `features` varies along the axes that features are split over;
+    `like`, which belongs to all features, does not.
     """
     found = jnp.any(flags)
     names = tuple(
@@ -52,9 +52,9 @@ def any_feature(flags: jax.Array, features: jax.Array, like: jax.Array) -> jax.A
 
 
 def _vary_over_all(array: jax.Array, axis_name: AxisName) -> jax.Array:
-    """`array`, marked as varying over all of the names if it is over one of them.
+    """Marks `array` as varying over all of the names if it varies over one of them.
 
-    A psum takes only what varies over all of its axes, or over none.
+    A psum only takes arrays that vary over all of its axes, or over none.
     """
     names, varying = frozenset(as_names(axis_name)), _compat.varying(array)
     if not names & varying:
@@ -69,12 +69,12 @@ def _by_type(
     arrays: Sequence[jax.Array],
     axis_name: AxisName,
 ) -> list[jax.Array]:
-    """`f` of each array, called once for all of one type, which it gets as one array.
+    """Applies `f` to each array, with one call for all arrays of one type, packed.
 
-    `f` sums elementwise over `axis_name`, and may add axes before the first.
+    `f` sums elementwise over `axis_name`, and may add leading axes.
     """
-    # Arrays that differ along other axes too (sharded features) go apart from those
-    # that do not (the count): packed together, the count would take on their type.
+    # Arrays that vary along other axes too (sharded features) are packed separately
+    # from the rest (the count): packed together, the count would take on their type.
     names = frozenset(as_names(axis_name))
     kinds = [(_compat.varying(a) - names, _sharded_as(a)) for a in arrays]
     found: dict[int, jax.Array] = {}
@@ -87,7 +87,7 @@ def _by_type(
 
 
 def _group_sum(flat: jax.Array, axis_name: AxisName, groups: Groups) -> jax.Array:
-    # psum(axis_index_groups=...) exists neither under shard_map's check_vma nor under
+    # psum(axis_index_groups=...) works neither under shard_map's check_vma nor under
     # vmap. A table with a row per group does, and so does its derivative.
     group_of = {index: g for g, group in enumerate(groups) for index in group}
     group_of = jnp.asarray([group_of[index] for index in range(len(group_of))])
@@ -96,7 +96,7 @@ def _group_sum(flat: jax.Array, axis_name: AxisName, groups: Groups) -> jax.Arra
 
 
 def _table(flat: jax.Array, row: jax.Array, rows: int, axis_name: AxisName):
-    # Selected, not multiplied by 0 or 1: a NaN stays in its own row.
+    # Select instead of multiplying by 0 or 1, so a NaN stays in its own row.
     own = (jnp.arange(rows) == row).reshape(rows, *[1] * flat.ndim)
     return lax.psum(jnp.where(own, flat[None], 0), axis_name)
 
@@ -106,13 +106,13 @@ def _real_parts(array: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _sharded_as(array: jax.Array) -> tuple | None:
-    """Shape and spec of an array that its type says is sharded, of others None."""
+    """Shape and spec of an array whose type is sharded; None for other arrays."""
     spec = jax.typeof(array).sharding.spec
     return (array.shape, spec) if any(spec) else None
 
 
 def _packed(arrays: Sequence[jax.Array]) -> jax.Array:
-    """The numbers of arrays of one kind: end to end, or, if sharded, stacked."""
+    """Packs arrays of one kind: concatenated, or stacked if they are sharded."""
     parts = [part for array in arrays for part in _real_parts(array)]
     if _sharded_as(parts[0]):
         return jnp.stack(parts)
@@ -120,7 +120,7 @@ def _packed(arrays: Sequence[jax.Array]) -> jax.Array:
 
 
 def _unpacked(packed: jax.Array, like: Sequence[jax.Array]) -> list[jax.Array]:
-    """The arrays that `_packed` made the last axes of."""
+    """Undoes `_packed`, which made the last axes of `packed`."""
     parts = [part for array in like for part in _real_parts(array)]
     if _sharded_as(parts[0]):
         axis = packed.ndim - 1 - parts[0].ndim

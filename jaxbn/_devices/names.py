@@ -15,7 +15,7 @@ Groups = Sequence[Sequence[int]]
 def require_bound(
     axis_name: AxisName | None, axis_index_groups: Groups | None = None
 ) -> None:
-    """Refuses axis names that nothing binds, and groups that do not partition one."""
+    """Raises for unbound axis names, and for groups that do not partition an axis."""
     size = axis_size(axis_name)
     if axis_index_groups is None:
         return
@@ -39,7 +39,7 @@ def axis_size(axis_name: AxisName | None) -> int:
 
 
 def hashable(axis_name, axis_index_groups) -> tuple:
-    """Both as tuples all the way down, to be compared while tracing."""
+    """Converts both to tuples at every level, so they can be compared while tracing."""
     if isinstance(axis_name, list):
         axis_name = tuple(axis_name)
     if axis_index_groups is not None:
@@ -55,14 +55,14 @@ def hashable(axis_name, axis_index_groups) -> tuple:
 
 
 def as_names(axis_name: AxisName | None) -> tuple[str, ...]:
-    """One name or several, or None, as a tuple."""
+    """Returns one name, several, or None as a tuple."""
     if axis_name is None:
         return ()
     return tuple(axis_name) if isinstance(axis_name, (tuple, list)) else (axis_name,)
 
 
 def _size(name: str) -> int:
-    if name is None or isinstance(name, int):  # JAX takes integers for positions.
+    if name is None or isinstance(name, int):  # For JAX, integers are positions.
         raise TypeError(
             f"`axis_name` must be the name of a mapped axis, or a tuple of such, got "
             f"{name!r}. The axes to reduce are all but `feature_axes`."

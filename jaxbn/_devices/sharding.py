@@ -1,4 +1,4 @@
-"""How arrays are sharded on meshes of explicit axes, where types say so."""
+"""Sharding of arrays on meshes with explicit axes, where it is part of the type."""
 
 from math import prod
 
@@ -12,18 +12,21 @@ from jaxbn._devices.names import as_names
 
 
 def shard_like(array: jax.Array, operand: jax.Array) -> jax.Array:
-    """`array` in the sharding of `operand`, where meshes are explicit: by its type."""
+    """Reshards `array` like `operand`, on explicit meshes, according to its type."""
     wanted, own = jax.typeof(operand).sharding, jax.typeof(array).sharding
     if own.spec == wanted.spec:
         return array
-    if wanted.mesh.empty:  # Of no mesh: the same on all devices of the array's.
+    if wanted.mesh.empty:  # Without a mesh: replicated on the mesh of `array`.
         wanted = own.update(spec=P())
     return jax.sharding.reshard(array, wanted)
 
 
 def alike(*arrays: jax.Array) -> list[jax.Array]:
-    """Arrays of one shape, and scalars, as JAX's arithmetic lays them: along each axis
-    as any one of them is sharded. Other functions refuse arrays that differ."""
+    """Shards arrays of one shape, and scalars, alike, as JAX's arithmetic does.
+
+    Each axis is sharded as in the first array that shards it. Other functions raise if
+    shardings differ.
+    """
     sharded = [s for a in arrays if any((s := jax.typeof(a).sharding).spec)]
     if not sharded or len({jnp.shape(a) for a in arrays} - {()}) > 1:
         return list(arrays)
@@ -34,17 +37,17 @@ def alike(*arrays: jax.Array) -> list[jax.Array]:
 
 
 def where(condition: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
-    """`jnp.where`, also of arrays that are sharded differently."""
+    """`jnp.where` that allows arrays with different shardings."""
     return jnp.where(*alike(condition, x, y))
 
 
 def stack(*arrays: jax.Array) -> jax.Array:
-    """`jnp.stack`, also of arrays that are sharded differently."""
+    """`jnp.stack` that allows arrays with different shardings."""
     return jnp.stack(alike(*arrays))
 
 
 def split_axis(array: jax.Array, axis: int, sizes: tuple[int, int]) -> jax.Array:
-    """`array` with one axis split in two, sharded along the first if it divides."""
+    """Splits one axis of `array` in two, sharded along the first part if divisible."""
     shape = array.shape[:axis] + sizes + array.shape[axis + 1 :]
     sharding = jax.typeof(array).sharding
     spec = [*sharding.spec, *[None] * (array.ndim - len(sharding.spec))]
@@ -57,7 +60,7 @@ def split_axis(array: jax.Array, axis: int, sizes: tuple[int, int]) -> jax.Array
 
 
 def reshape_like(array: jax.Array, like: jax.Array) -> jax.Array:
-    """`array` in the shape of `like`, and in its sharding where meshes are explicit."""
+    """Reshapes `array` to the shape of `like`, and its sharding on explicit meshes."""
     sharding = jax.typeof(like).sharding
     if not any(sharding.spec):
         return array.reshape(like.shape)
@@ -67,9 +70,10 @@ def reshape_like(array: jax.Array, like: jax.Array) -> jax.Array:
 def repeat_along(
     vector: jax.Array, place: int, like: jax.Array, axis: int
 ) -> jax.Array:
-    """`vector` with a new axis, as long, and on explicit meshes sharded, as `like`'s.
+    """Repeats `vector` along a new axis, with the length and sharding of `like`'s axis.
 
-    The vector's cotangent is then summed over the devices, and not gathered.
+    Sharding counts on explicit meshes: the vector's cotangent is then summed over the
+    devices, not gathered.
     """
     shape = (*vector.shape[:place], like.shape[axis], *vector.shape[place:])
     sharding, of_like = jax.typeof(vector).sharding, jax.typeof(like).sharding
@@ -83,7 +87,7 @@ def repeat_along(
 
 
 def whole_along_first(array: jax.Array) -> jax.Array:
-    """`array`, its first axis not sharded, on explicit meshes: for a scan."""
+    """Unshards the first axis of `array`, on explicit meshes, for a scan."""
     sharding = jax.typeof(array).sharding
     if not sharding.spec or sharding.spec[0] is None:
         return array
@@ -92,7 +96,7 @@ def whole_along_first(array: jax.Array) -> jax.Array:
 
 
 def take_rows(table: jax.Array, index: jax.Array) -> jax.Array:
-    """`table[index]`; NaN where there is no such row (an index below 0 included)."""
+    """`table[index]`; NaN where there is no such row (also for an index below 0)."""
     rows, features = jax.typeof(index).sharding, jax.typeof(table).sharding
     options = {
         "mode": "fill",
@@ -104,6 +108,6 @@ def take_rows(table: jax.Array, index: jax.Array) -> jax.Array:
     like = rows.update(spec=P(*rows.spec, *features.spec[1:]))
     if AxisType.Manual not in rows.mesh.axis_types:
         return table.at[index].get(**options, out_sharding=like)
-    # JAX cannot say how a gather comes out beside manual axes: all rows, then a part.
+    # JAX cannot infer a gather's sharding next to manual axes: take all rows first.
     index = jax.sharding.reshard(index, rows.update(spec=P()))
     return jax.sharding.reshard(table.at[index].get(**options), like)

@@ -1,9 +1,8 @@
-"""A call that XLA's partitioner cannot see into, run on each device's part of `x`.
+"""Runs a call that XLA's partitioner cannot see into on each device's part of `x`.
 
-Left alone, such a call is given whole arrays: the partitioner gathers them. What is
-called here, `f(names, *operands)`, makes arrays like `x` of the part of it that is at
-hand, or feature vectors: sums over that part, and over the axes of the mesh that are in
-`names`.
+Otherwise the partitioner gathers whole arrays for such a call. The function called
+here, `f(names, *operands)`, computes arrays like `x` from the local part of `x`, or
+feature vectors: sums over that part and over the mesh axes in `names`.
 """
 
 import functools
@@ -20,30 +19,32 @@ from jaxbn import _axes
 from jaxbn._devices.names import as_names
 from jaxbn._devices.varying import vary_like
 
-# What an operand or a result is laid out like: `x`, a feature vector, or weights, which
-# are like `x` with feature axes of length 1. The first operand is `x`.
+# The layouts of operands and results: like `x`, like a feature vector, or like weights,
+# which have the layout of `x` with feature axes of length 1. The first operand is `x`.
 X, VECTOR, WEIGHTS = "x", "vector", "weights"
 
 
 def is_possible(x: jax.Array) -> bool:
-    """Whether parts can be told from here: not if only some axes of a mesh are manual,
-    or explicit."""
+    """Whether the parts of `x` are known here.
+
+    They are not if only some axes of a mesh are manual or explicit.
+    """
     return len(_axis_types(x)) < 2
 
 
 def spread(
     f: Callable, roles: tuple, results: tuple, feature_axes: tuple[int, ...]
 ) -> Callable:
-    """`f((), *operands)` for operands that are spread over devices, in any way.
+    """`f((), *operands)` for operands that are split over devices in any way.
 
-    `f` must be hashable; `roles` and `results` say what each operand and each result is
-    laid out like.
+    `f` must be hashable; `roles` and `results` name the layout of each operand and each
+    result.
     """
     layout = roles, results, feature_axes
 
     def call(x, *operands):
         kinds = _axis_types(x)
-        if AxisType.Manual in kinds:  # Each device has its part already.
+        if AxisType.Manual in kinds:  # Each device already has its part.
             out = f((), x, *operands)
             return [vary_like(array, x, *operands) for array in out]
         if AxisType.Explicit in kinds:
@@ -54,7 +55,7 @@ def spread(
 
 
 def _mesh_of(x: jax.Array):
-    """That of its type; of what has none, that of the context."""
+    """The mesh in the type of `x`, or else the mesh of the context."""
     mesh = jax.typeof(x).sharding.mesh
     return jax.sharding.get_abstract_mesh() if mesh.empty else mesh
 
@@ -71,7 +72,7 @@ def _by_type(
     feature_axes: tuple[int, ...],
     *operands,
 ):
-    """On a mesh of explicit axes, the type of `x` says how it is spread."""
+    """On a mesh with explicit axes, the type of `x` shows how it is split."""
     mesh, spec = _mesh_of(operands[0]), jax.typeof(operands[0]).sharding.spec
     spec = _padded(spec, operands[0].ndim)
     specs = tuple(_spec(spec, role, feature_axes) for role in roles)
@@ -92,7 +93,7 @@ def _partitioned(
     feature_axes: tuple[int, ...],
     ndim: int,
 ):
-    """On a mesh of automatic axes, the partitioner asks once it knows."""
+    """On a mesh with automatic axes, the partitioner calls back once it knows."""
 
     def partition(mesh, operands, _):
         spec = _dividing(operands[0], mesh)
@@ -116,7 +117,7 @@ def _partitioned(
 def _rule(
     roles: tuple, results: tuple, feature_axes: tuple[int, ...], ndim: int
 ) -> str:
-    """Which axes go together, for Shardy: "a b, b -> b, b" is channels last."""
+    """Shardy's rule for which axes correspond: "a b, b -> b, b" for channels last."""
     letters = string.ascii_lowercase[:ndim]
     vector = " ".join(letters[axis] for axis in feature_axes)
     ones = (f"one{i}" if i in feature_axes else a for i, a in enumerate(letters))
@@ -126,8 +127,8 @@ def _rule(
 
 
 def _dividing(operand, mesh) -> tuple:
-    """The spec of an operand where it divides the axis: padding would be summed."""
-    # Of no mesh, it has no spec: nobody placed it.
+    """The operand's spec on axes that divide evenly: sums would include any padding."""
+    # An operand that was not placed on a mesh has no spec.
     given = getattr(operand.sharding, "spec", ())
     spec = _padded(given, len(operand.shape))
     parts = (prod(mesh.shape[name] for name in as_names(names)) for names in spec)
@@ -150,6 +151,6 @@ def _spec(spec: tuple, role: str, feature_axes: tuple[int, ...]) -> P:
 
 
 def _reduced_names(spec: tuple, feature_axes: tuple[int, ...]) -> tuple[str, ...]:
-    """The axes of the mesh that the reduced axes are spread over."""
+    """The mesh axes that the reduced axes are split over."""
     reduced = _axes.others(feature_axes, len(spec))
     return tuple(name for axis in reduced for name in as_names(spec[axis]))

@@ -1,4 +1,4 @@
-"""What an array's type says of devices: along which axes it differs."""
+"""The device axes along which an array varies, according to its type."""
 
 import jax
 from jax import lax
@@ -8,7 +8,7 @@ from jaxbn._devices.names import AxisName, as_names
 
 
 def vary_like(array: jax.Array, *like: jax.Array | None) -> jax.Array:
-    """`array`, marked as varying over every axis that one of `like` varies over."""
+    """Marks `array` as varying over every axis that any of `like` varies over."""
     wanted = frozenset().union(*(_compat.varying(a) for a in like if a is not None))
     missing = tuple(sorted(wanted - _compat.varying(array)))
     return _compat.as_varying(array, missing) if missing else array
@@ -17,7 +17,7 @@ def vary_like(array: jax.Array, *like: jax.Array | None) -> jax.Array:
 def is_spread_further(
     x: jax.Array, weights: jax.Array | None, axis_name: AxisName | None
 ) -> bool:
-    """Whether by its type `x` differs along axes that its weights are the same along.
+    """Whether, by its type, `x` varies along axes that its weights do not vary along.
 
     Axes that are summed over do not count.
     """
@@ -29,7 +29,7 @@ def is_spread_further(
 
 
 def require_same_on_all(name: str, array: jax.Array, axis_name: AxisName | None):
-    """Refuses an array that, by its type, differs along the axes summed over."""
+    """Raises for an array that, by its type, varies along the axes summed over."""
     differs = sorted(_compat.varying(array) & frozenset(as_names(axis_name)))
     if differs:
         raise ValueError(
@@ -40,9 +40,9 @@ def require_same_on_all(name: str, array: jax.Array, axis_name: AxisName | None)
 
 
 def same_on_all(array: jax.Array, local: jax.Array, axis_name: AxisName | None) -> bool:
-    """Whether `array` is known, by its type, to be the same along the axes.
+    """Whether the type of `array` shows that it is the same along the axes.
 
-    Types tell only where they say of `local`, which differs along them, that it does.
+    Types only show this if the type of `local`, which varies along them, says so.
     """
     names = frozenset(as_names(axis_name))
     return names <= _compat.varying(local) and not names & _compat.varying(array)
@@ -51,11 +51,11 @@ def same_on_all(array: jax.Array, local: jax.Array, axis_name: AxisName | None) 
 def cotangent_like(
     operand: jax.Array, local: jax.Array, total: jax.Array, axis_name: AxisName | None
 ) -> jax.Array:
-    """The cotangent of `operand`: its sum on this device, or `total` over `axis_name`.
+    """The cotangent of `operand`: the `local` sum, or `total` over `axis_name`.
 
-    An operand that its type says is the same along an axis gets the sum over that axis.
-    Where this is the sum over `axis_name`, `total` has it without another all-reduce
-    (but not where the sums are over groups: then `total` differs along the axis).
+    If the type of an operand is the same along an axis, it gets the sum over that axis.
+    Where this is the sum over `axis_name`, `total` saves another all-reduce (except for
+    sums over groups, where `total` varies along the axis).
     """
     missing = _compat.varying(local) - _compat.varying(operand)
     summed = frozenset(as_names(axis_name)) - _compat.varying(total)

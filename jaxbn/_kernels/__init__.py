@@ -1,4 +1,4 @@
-"""The sums by CPU kernels, behind operations in two forms."""
+"""CPU kernels for the sums, as operations in two forms."""
 
 from jaxbn._kernels.operation import GPUS as GPUS
 from jaxbn._kernels.operation import Bound as Bound

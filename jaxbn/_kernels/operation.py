@@ -1,10 +1,10 @@
-"""Operations in two forms: one for all platforms, and another for some.
+"""Operations in two forms: one for all platforms, and one for certain platforms.
 
-Which form is compiled is known when a program is lowered, for whatever platform. What
-JAX does to an operation before that, it does to the form for all.
+The form is chosen when a program is lowered for a platform. Before that, all of JAX's
+transformations use the form for all platforms.
 
-This is a primitive, and not `lax.platform_dependent` in a `jax.custom_jvp`: where a
-`scan` is differentiated, JAX keeps what such a function calls, but not its rule.
+This is a primitive, not `lax.platform_dependent` in a `jax.custom_jvp`: when JAX
+differentiates a `scan`, it keeps the body of such a function, but not its rule.
 """
 
 import functools
@@ -17,26 +17,26 @@ from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
-# Those that may have a form of their own.
+# The platforms that may have their own form.
 CPU, GPUS = ("cpu",), ("cuda", "rocm")
 PLATFORMS = (*CPU, *GPUS)
 
 
 class Bound(NamedTuple):
-    """A function with its first arguments, which no array is: equal by value."""
+    """A function with its first, non-array arguments bound; equal by value."""
 
     function: Callable
     static: tuple
 
     def __call__(self, *operands: Any) -> Any:
-        """What the function returns."""
+        """Calls the function."""
         return self.function(*self.static, *operands)
 
 
 class Operation(NamedTuple):
-    """Both forms, functions of the same arrays that return the same tuple of arrays.
+    """Both forms: functions of the same arrays that return the same tuple of arrays.
 
-    They must be hashable. `demanded` has programs for other platforms refused.
+    They must be hashable. `demanded` makes lowering for other platforms an error.
     """
 
     general: Callable
@@ -45,7 +45,7 @@ class Operation(NamedTuple):
     demanded: bool = False
 
     def __call__(self, *operands: Any) -> tuple:
-        """Operands may be None."""
+        """Runs the operation. Operands may be None."""
         leaves, tree = jax.tree.flatten(operands)
         where = tuple(map(jax.typeof, leaves)), jax.sharding.get_abstract_mesh()
         out = _operation.bind(
@@ -58,8 +58,8 @@ class Operation(NamedTuple):
         return tuple(out)
 
 
-# Programs that were compiled are found by these very objects, and hold them: they live
-# as long as JAX's own caches.
+# Compiled programs are cached by the identity of these objects and hold them, so they
+# live as long as JAX's own caches.
 _forms: WeakValueDictionary[tuple, ClosedJaxpr] = WeakValueDictionary()
 
 
@@ -88,7 +88,7 @@ def _impl(*leaves, **params):
     jax.jit, static_argnames=("general", "special", "platforms", "demanded")
 )
 def _run(*leaves, **params):
-    # Not traced under `jax.disable_jit`, nor where `jax_debug_nans` looks for one.
+    # Not traced under `jax.disable_jit`, nor when `jax_debug_nans` searches for a NaN.
     if not any(isinstance(leaf, Tracer) for leaf in leaves):
         form = params["special" if params["demanded"] else "general"]
         return jaxpr_as_fun(form)(*leaves)

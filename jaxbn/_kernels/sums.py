@@ -1,9 +1,9 @@
-"""What `_sums` computes, by the CPU kernels of jaxbn-cpu, where these are installed.
+"""The functions of `_sums`, by the CPU kernels of jaxbn-cpu, if it is installed.
 
-What the kernels compute takes its derivatives from `_sums`, and is left to it wherever
-the program is not lowered for a CPU (`operation`).
+Derivatives come from `_sums`, and so does everything if the program is not lowered for
+a CPU (`operation`).
 
-Moments need no center there. The kernels give the mean and Σw|x − mean|², and then
+The kernels need no center for moments. They give the mean and Σw|x − mean|², and then
 
     Σwδ = n·(mean − center)      Σw|δ|² = Σw|x − mean|² + n·|mean − center|²
 """
@@ -29,16 +29,16 @@ DTYPES = (jnp.float32, jnp.bfloat16)
 
 
 class Chosen(NamedTuple):
-    """That the kernels compute, and whether they must (or XLA may, off the CPU)."""
+    """Says to use the kernels; if not `demanded`, XLA computes off the CPU."""
 
     feature_axes: FeatureAxes
     demanded: bool
 
 
 class FirstPass(NamedTuple):
-    """What is known of `x` before there is a center. XLA's has a mean alone.
+    """Sums of `x` before a center is known. With XLA, only the mean is used.
 
-    `rest` is what rounding took off the mean, `squares` is Σw|x − mean|².
+    `rest` is the rounding error of the mean, `squares` is Σw|x − mean|².
     """
 
     mean: jax.Array
@@ -52,7 +52,7 @@ def choose(
     feature_axes: FeatureAxes,
     weights: jax.Array | None = None,
 ) -> Chosen | None:
-    """The kernels, or None for XLA; an error if they are demanded in vain."""
+    """The kernels, or None for XLA; raises if they are demanded but unavailable."""
     require_implementation(implementation)
     if implementation == "xla":
         return None
@@ -61,7 +61,7 @@ def choose(
 
 
 def for_dtypes(chosen: Chosen | None, *dtypes: DTypeLike) -> Chosen | None:
-    """The kernels, if they also know the dtypes of further operands."""
+    """The kernels, if they also support the dtypes of further operands."""
     return chosen and _unless(_unknown_dtype(*dtypes), chosen)
 
 
@@ -75,7 +75,7 @@ def _unless(obstacle: str | None, chosen: Chosen) -> Chosen | None:
 
 
 def require_implementation(implementation: str | None) -> None:
-    """Refuses another word than those that there are."""
+    """Raises for an unknown implementation."""
     if implementation not in (None, "xla", "native"):
         raise ValueError(
             f"`implementation` must be None, 'xla' or 'native', got {implementation!r}."
@@ -85,7 +85,7 @@ def require_implementation(implementation: str | None) -> None:
 def unless_for_accelerators(chosen: Chosen) -> Chosen | None:
     """The kernels, if they are demanded or JAX's default device is a CPU.
 
-    What makes them exact costs a collective more, also where XLA computes.
+    Making them exact costs one more collective, even where XLA computes.
     """
     return chosen if chosen.demanded or jax.default_backend() == "cpu" else None
 
@@ -96,7 +96,7 @@ def first_pass(
     weights: jax.Array | None,
     chosen: Chosen,
 ) -> FirstPass:
-    """What a first read of `x` finds. XLA takes the shift, if any, for the mean.
+    """Sums from a first read of `x`. With XLA, a given shift serves as the mean.
 
     Gradients stop here.
     """
@@ -111,7 +111,7 @@ def central_sums(
     weights: jax.Array | None,
     chosen: Chosen,
 ) -> tuple[jax.Array, jax.Array]:
-    """Σwδ and Σw|δ|² about `center`, which is constant to all derivatives."""
+    """Σwδ and Σw|δ|² about `center`, which is constant in all derivatives."""
     operands = x, lax.stop_gradient(center), known, weights
     return _operation(chosen, _xla_central_sums, _central_sums)(*operands)
 
@@ -138,7 +138,7 @@ def input_cotangent(
     weights: jax.Array | None,
     chosen: Chosen,
 ) -> jax.Array:
-    """`_sums.input_cotangent` of δ = x − mean, in the dtype of `x`."""
+    """`_sums.input_cotangent` for δ = x − mean, in the dtype of `x`."""
     operands = dy, x, mean, k, c1, c0, weights
     return _operation(chosen, _xla_input_cotangent, _input_cotangent)(*operands)[0]
 
@@ -189,7 +189,7 @@ def _input_cotangent(axes: FeatureAxes, dy, x, mean, k, c1, c0, weights):
 
 
 def _delta(axes: FeatureAxes, x, mean, weights):
-    """x − mean, and 0 where x is masked and not finite."""
+    """x − mean, or 0 where x is masked and not finite."""
     x, mean = _dtypes.widen(x), _axes.expand(mean, axes, x.ndim)
     return _sums.finite(x, weights, mean) - mean
 
@@ -238,7 +238,7 @@ def _missing() -> str | None:
 def _over_devices(
     f: Callable, axes: FeatureAxes, x, weights, *rest, out=(spread.VECTOR,) * 2
 ) -> tuple:
-    """One of the functions below, of whatever part of `x` each device has."""
+    """Runs one of the functions below on each device's part of `x`."""
     roles = [spread.X if a.ndim == x.ndim else spread.VECTOR for a in rest]
     operands = [x, *rest]
     if weights is not None:
