@@ -20,6 +20,8 @@ from jax.sharding import PartitionSpec as P
 
 import jaxbn
 
+pytestmark = pytest.mark.optimized
+
 ROWS, ALL = P("data"), P()
 XLA = {"implementation": "xla"}
 

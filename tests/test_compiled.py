@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.optimized
+
 SCRIPT = pathlib.Path(__file__).parents[1] / "benchmarks" / "compiled.py"
 # The most arrays of the size of x that a layer with a shift may read and write, forward
 # and backward, by dtype and by whether a relu follows. flax moves 9.0, 10.0, 7.0 and

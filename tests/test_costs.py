@@ -10,6 +10,8 @@ import pytest
 
 import jaxbn
 
+pytestmark = pytest.mark.optimized
+
 FORMS = ("vjp", "jvp")
 SHAPE = (32, 28, 28, 128)
 

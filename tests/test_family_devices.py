@@ -144,6 +144,7 @@ def test_is_as_on_one_device(name, context, x64):
     jax.tree.map(close, got, expected)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_groups_aligned_with_shards_need_no_collective_for_y(kind):
     """One for the state, one for the gradients of scale and bias."""
@@ -182,6 +183,7 @@ def test_groups_aligned_with_shards_need_no_collective_for_y(kind):
         assert "collective-permute" not in text
 
 
+@pytest.mark.optimized
 def test_groups_within_devices_issue_one_all_reduce_for_the_state():
     layer = layers.ghost(group_size=2, axis_name="data")
     params, state = layer.init(4)

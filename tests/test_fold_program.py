@@ -584,6 +584,7 @@ def test_other_folded_parameters_are_refused():
             verb(AFTER, f, example())
 
 
+@pytest.mark.optimized
 def test_moves_no_more_on_cpu():
     f, variables, x = of_module(Net(), (8, 16, 16, 3))
     folded_fn, folded = fold(f, variables, x)
@@ -593,6 +594,7 @@ def test_moves_no_more_on_cpu():
     assert moved(folded_fn, folded) <= moved(f, variables)
 
 
+@pytest.mark.optimized
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason='needs libtpu: pip install "jax[tpu]"',

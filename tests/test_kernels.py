@@ -27,6 +27,8 @@ from jax.sharding import PartitionSpec as P
 import jaxbn
 from jaxbn._kernels import sums as kernels
 
+pytestmark = pytest.mark.optimized
+
 pytest.importorskip("jaxbn_cpu", reason="needs jaxbn-cpu: `pip install ./native`")
 
 CALLS = r"custom_call(?:_target)?[ =(]*[@\"]+jaxbn_"

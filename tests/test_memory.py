@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.optimized
+
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 SHAPE = (256, 56, 56, 64)
 SMALL = (8, 32, 32, 16)

@@ -118,6 +118,7 @@ SENT = {
 }
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("case", SENT.values(), ids=list(SENT))
 def test_nothing_of_the_size_of_x_is_sent(case):
     """Not even a part of what one device has; what is sent are feature vectors."""

@@ -13,6 +13,8 @@ import jaxbn
 from jaxbn import _sums
 from jaxbn.layers._per_example import positions
 
+pytestmark = pytest.mark.optimized
+
 LAYOUTS = {
     "scalar": ((1000,), ()),
     "column": ((1000, 1), (1,)),

@@ -12,6 +12,8 @@ import jaxbn_cpu
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.optimized
+
 NATIVE = pathlib.Path(__file__).parents[1]
 SHAPES = [
     (37, 3, 1),
