@@ -7,6 +7,7 @@ running statistics (keepdims), and whatever no derivative passes through.
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
@@ -146,27 +147,28 @@ def started(case, dtype=jnp.float64, seed=0, **options):
     layer = case.make(momentum=0.9, **options)
     params, state = layer.init(FEATURES)
     rng = np.random.default_rng(seed)
-    params = {
-        name: jnp.asarray(rng.uniform(0.5, 1.5, p.shape) * rng.choice([-1, 1], p.shape))
-        for name, p in params.items()
-    }
-    state = type(state)(
-        state[0] + jnp.asarray(rng.normal(size=state[0].shape)),
-        state[1] * jnp.asarray(rng.uniform(1, 2, state[1].shape)),
-        state.step + 1,
-    )
-    cast = lambda a: a.astype(dtype)
-    state = state._replace(step=state.step)
-    return (
-        layer,
-        {name: cast(p) for name, p in params.items()},
-        type(state)(cast(state[0]), cast(state[1]), state.step),
-    )
+    draw = lambda p: rng.uniform(0.5, 1.5, p.shape) * rng.choice([-1, 1], p.shape)
+    array = lambda a: jnp.asarray(np.asarray(a).astype(dtype))
+    own = {name: array(draw(p)) for name, p in params.items()}
+    mean, var, step = (np.asarray(a) for a in state)
+    mean = mean + rng.normal(size=mean.shape)
+    var = var * rng.uniform(1, 2, var.shape)
+    return layer, own, type(state)(array(mean), array(var), jnp.asarray(step + 1))
 
 
 def inputs(case, dtype=jnp.float64):
     """The extra keywords of `apply`."""
     return {
-        name: jnp.asarray(v, dtype) if v.dtype.kind == "f" else jnp.asarray(v)
+        name: jnp.asarray(v.astype(dtype) if v.dtype.kind == "f" else v)
         for name, v in case.inputs.items()
     }
+
+
+def compiled(layer):
+    """The layer with functions that are compiled: op by op is slow."""
+    static = {"static_argnames": "training"}
+    return layer._replace(
+        apply=jax.jit(layer.apply, **static),
+        forward=jax.jit(layer.forward, **static),
+        update=jax.jit(layer.update),
+    )

@@ -21,7 +21,7 @@ ROWS, ALL = P("data"), P()
 def linen(**options):
     """Parameters, statistics and a function of both, `-> (y, statistics)`."""
     layer = jaxbn.linen.BatchNorm(False, momentum=0.5, **options)
-    variables = layer.init(jax.random.key(0), jnp.ones((2, 3)))
+    variables = jax.jit(layer.init)(jax.random.key(0), jnp.ones((2, 3)))
 
     def apply(params, stats, x, mask):
         given = {"params": params, "batch_stats": stats}
@@ -93,7 +93,8 @@ def over_map(make, x, mask, map_):
         in_axes=(None, None, 0, 0),
         axis_name="data",
     )
-    (dparams, dx), new = mapped(params, stats, in_parts(x), in_parts(mask))
+    args = params, stats, in_parts(x), in_parts(mask)
+    (dparams, dx), new = jax.jit(mapped)(*args)
     jaxbn.assert_replicated(new, stacked=True)
     first = jax.tree.map(lambda a: a[0], new)
     return (jax.tree.map(lambda a: a.sum(0), dparams), dx.reshape(x.shape)), first
@@ -144,9 +145,9 @@ def test_module_with_groups(context, make):
     x, mask = batch()
     own = [np.concatenate([3 * i + np.arange(3) for i in group]) for group in groups]
     params, stats, apply = make()
-    y = np.zeros(x.shape, np.float32)
+    y, alone = np.zeros(x.shape, np.float32), jax.jit(apply)
     for rows in own:
-        y[rows] = apply(params, stats, x[rows], mask[rows])[0]
+        y[rows] = alone(params, stats, x[rows], mask[rows])[0]
 
     params, stats, apply = make(axis_name="data", axis_index_groups=groups)
     if context == "shard_map unchecked":
@@ -157,10 +158,10 @@ def test_module_with_groups(context, make):
             out_specs=ROWS,
             check_vma=False,
         )
-        got = f(x, mask)
+        got = jax.jit(f)(x, mask)
     else:
         map_ = getattr(jax, context)
         f = map_(lambda x, mask: apply(params, stats, x, mask)[0], axis_name="data")
-        got = f(in_parts(x), in_parts(mask)).reshape(x.shape)
+        got = jax.jit(f)(in_parts(x), in_parts(mask)).reshape(x.shape)
     present = np.asarray(mask)[:, 0]
     assert_close(got[present], y[present], 1e-4, 1e-5)

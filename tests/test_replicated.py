@@ -50,7 +50,7 @@ def test_equal_parts_pool_to_the_moments_of_the_whole(check_vma):
 @pytest.mark.parametrize("over", ["vmap", "pmap"])
 def test_in_every_map(over):
     f = getattr(jax, over)(lambda x: jaxbn.sync_stats(tracked(x), "i"), axis_name="i")
-    stats = f(X.reshape(8, 4, 3))
+    stats = jax.jit(f)(X.reshape(8, 4, 3))
     assert_close(stats.var, np.repeat(X.var(0)[None], 8, 0), 1e-5)
     jaxbn.assert_replicated(stats, stacked=True)
 
@@ -59,7 +59,7 @@ def test_over_two_axes():
     two = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
     f = lambda x: jaxbn.sync_stats(tracked(x), ("a", "b"))
     spread = jax.shard_map(f, mesh=two, in_specs=P(("a", "b")), out_specs=P())
-    assert_close(spread(X).var, X.var(0), 1e-5)
+    assert_close(jax.jit(spread)(X).var, X.var(0), 1e-5)
 
 
 def test_devices_without_updates_do_not_count():
@@ -140,7 +140,7 @@ def test_the_family_s_states_are_pooled():
     stds = jnp.array([3.0, 4.0]).reshape(2, 1)
     means = jnp.array([1.0, -1.0]).reshape(2, 1)
     pool = lambda mean, std: jaxbn.sync_stats(renorm._replace(mean=mean, std=std), "i")
-    got = jax.vmap(pool, axis_name="i")(means, stds)
+    got = jax.jit(jax.vmap(pool, axis_name="i"))(means, stds)
     assert isinstance(got, layers.RenormStats)
     assert_close(got.mean, np.zeros((2, 1)), atol=1e-6)
     assert_close(got.std, np.full((2, 1), (12.5 + 1) ** 0.5), 1e-6)
@@ -151,6 +151,6 @@ def test_the_family_s_states_are_pooled():
     pool = lambda mean, step: jaxbn.sync_stats(
         state._replace(mean=mean, step=step), "i"
     )
-    got = jax.vmap(pool, axis_name="i")(values, steps)
+    got = jax.jit(jax.vmap(pool, axis_name="i"))(values, steps)
     assert_close(got.mean[0, :, 0], [2.0, 5.0], 1e-6)
     np.testing.assert_array_equal(got.step[0], [3, 2])

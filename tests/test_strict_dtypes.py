@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from allpairspy import AllPairs
 from data import numbers
 from flax import nnx
 
@@ -68,10 +69,9 @@ def test_verbs(x64, dtype, form, own, w):
         assert_the_same(jax.grad(lambda *a: total(gradient(*a))), x, scale)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize(("own", "w"), OWN)
-def test_layers(x64, name, dtype, own, w):
+@pytest.mark.parametrize(("name", "dtype", "own"), list(AllPairs([CASES, DTYPES, OWN])))
+def test_layers(x64, name, dtype, own):
+    own, w = own
     case, x, w = CASES[name], numbers((8, 2, 3), dtype), WEIGHTS[w]
     is_complex = dtype.startswith("complex")
     if is_complex and case.reverse_only:

@@ -68,10 +68,17 @@ def test_equal_layers_share_one_program():
     assert f._cache_size() == 1
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_leaks_no_tracers(form):
+def test_leaks_no_tracers():
+    x, scale, bias, _, w = arguments()
+
+    def gradient(x, scale, bias):  # The rest does not depend on the form.
+        options = {"weights": w, "derivatives": "jvp"}
+        f = lambda *a: jnp.sum(jaxbn.batch_norm(*a, **options)[0] ** 3)
+        return jax.grad(f, (0, 1, 2))(x, scale, bias)
+
     with jax.checking_leaks():
-        jax.jit(lambda *a: step(form, *a))(*arguments())
+        jax.jit(lambda *a: step("vjp", *a))(*arguments())
+        jax.jit(gradient)(x, scale, bias)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -131,10 +138,9 @@ def test_what_is_traced_lives_as_long_as_jax_keeps_its_programs():
         avals = [aval for _, _, avals, _ in operation._forms for aval in avals]
         return sum(aval.shape[-1:] == (11,) for aval in avals)
 
-    for _ in range(2):
-        for rows in range(2, 6):
-            step(jnp.ones((rows, 11)))
-            jax.jit(step)(jnp.ones((rows, 11)))
+    for rows in (2, 3):
+        step(jnp.ones((rows, 11)))
+        jax.jit(step)(jnp.ones((rows, 11)))
         assert own() > 0
         jax.clear_caches()
         gc.collect()
