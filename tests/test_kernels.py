@@ -515,6 +515,23 @@ def test_what_the_kernels_do_not_know(x, options, message):
     spread.close(got, jaxbn.moments(x, implementation="xla", **options))
 
 
+@pytest.mark.parametrize("name", ["scale", "bias"])
+def test_vectors_per_example_are_left_to_xla(name):
+    x, vectors = numbers((4, 3), "float32"), {name: np.ones((4, 3), np.float32)}
+    message = rf"'native', but `{name}` of shape \(4, 3\) has a vector per example"
+    with pytest.raises(ValueError, match=message):
+        jaxbn.batch_norm(x, **vectors, implementation="native")
+    got, _ = jaxbn.batch_norm(x, **vectors)
+    spread.close(got, jaxbn.batch_norm(x, **vectors, implementation="xla")[0], 1e-5)
+    # A layer demands the sums alone.
+    layer = jaxbn.layers.conditional(num_classes=2, implementation="native")
+    params, state = layer.init(3)
+    f = lambda x: layer.apply(
+        params, state, x, training=True, condition=np.ones(4, int)
+    )
+    assert calls(jax.jit(f).lower(x).as_text()) == 1
+
+
 def test_output_of_another_dtype_is_left_to_xla():
     x = numbers((8, 3), "float32")
     with pytest.raises(ValueError, match="there is an array of float16"):
