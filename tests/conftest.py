@@ -3,6 +3,7 @@
 import os
 
 import jax
+import older as older
 import pytest
 
 os.environ.setdefault("KERAS_BACKEND", "jax")  # Keras asks when it is imported.

@@ -8,7 +8,7 @@ import jax
 from jax.extend import core
 from jax.extend.core import primitives
 
-from jaxbn import _normalize
+from jaxbn import _compat, _normalize
 
 CONSTANT, PARAMS, INPUTS = range(3)  # What a value depends on.
 
@@ -182,7 +182,7 @@ def evaluate(ops: Sequence[Op], known: dict[Value, Any]) -> dict[Value, Any]:
 
 def markers_inside(op: Op) -> Iterator[Value | None]:
     """Yields the outer value of the mean of each marker inside loops and branches."""
-    for jaxpr in core.jaxprs_in_params(op.params):
+    for jaxpr in _compat.jaxprs_in(op.params):
         names = dict(zip(reversed(jaxpr.invars), reversed(op.inputs), strict=False))
         yield from _markers(jaxpr, names)
 
@@ -194,7 +194,7 @@ def _markers(jaxpr: Any, names: dict) -> Iterator[Value | None]:
         if eqn.primitive is primitives.jit_p and is_marker(eqn.params["name"]):
             yield values[1]
             continue
-        for inner in core.jaxprs_in_params(eqn.params):
+        for inner in _compat.jaxprs_in(eqn.params):
             pairs = zip(reversed(inner.invars), reversed(values), strict=False)
             yield from _markers(inner, dict(pairs))
 
@@ -207,7 +207,7 @@ def is_random(op: Op) -> bool:
 def _is_random(name: str, params: dict) -> bool:
     return name.startswith(("random_", "threefry", "rng_")) or any(
         _is_random(eqn.primitive.name, eqn.params)
-        for jaxpr in core.jaxprs_in_params(params)
+        for jaxpr in _compat.jaxprs_in(params)
         for eqn in jaxpr.eqns
     )
 
@@ -233,7 +233,7 @@ def _inline(
         if called is None:
             op = _operation(jaxpr, eqn, inputs)
             ops.append(op)
-            kept = [v for v in eqn.outvars if not isinstance(v, core.DropVar)]
+            kept = [v for v in eqn.outvars if not _compat.is_dropped(v)]
             known.update(zip(kept, op.outputs, strict=True))
         else:
             inner, consts = getattr(called, "jaxpr", called), _consts(called)
@@ -247,14 +247,14 @@ def _operation(jaxpr: Any, eqn: Any, inputs: list[Value]) -> Op:
     # between versions of JAX, and the context (matmul precision, metadata) is kept.
     given = [not isinstance(atom, core.Literal) for atom in eqn.invars]
     variables = [v for v, g in zip(eqn.invars, given, strict=True) if g]
-    kept = [v for v in eqn.outvars if not isinstance(v, core.DropVar)]
+    kept = [v for v in eqn.outvars if not _compat.is_dropped(v)]
     alone = jaxpr.replace(
         constvars=[],
         invars=variables,
         outvars=kept,
         eqns=[eqn],
         effects=eqn.effects,
-        debug_info=jaxpr.debug_info.with_unknown_names(),
+        debug_info=_compat.unnamed(jaxpr, len(variables), len(kept)),
     )
     function = core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))
 
@@ -275,7 +275,7 @@ def _called(eqn: Any) -> Any:
         places = (*eqn.params["in_shardings"], *eqn.params["out_shardings"])
         free = all(type(p).__name__ == "UnspecifiedValue" for p in places)
         return eqn.params["jaxpr"] if free and not is_marker(_name(eqn)) else None
-    if eqn.primitive is primitives.remat_p:
+    if _compat.is_remat(eqn):
         return eqn.params["jaxpr"]
     if eqn.primitive in (primitives.closed_call_p, primitives.call_p):
         return eqn.params["call_jaxpr"]

@@ -3,8 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jax.extend import core
-
+from jaxbn import _compat
 from jaxbn.folding import _markers, _plan, _program
 from jaxbn.folding._fold import shapes_of, trace
 from jaxbn.folding._markers import Left
@@ -174,7 +173,7 @@ def _has_rule(params: dict[str, Any]) -> bool:
 
     Inference by running statistics has no such function.
     """
-    for eqn in (e for j in core.jaxprs_in_params(params) for e in j.eqns):
+    for eqn in (e for j in _compat.jaxprs_in(params) for e in j.eqns):
         name, call = eqn.primitive.name, eqn.primitive.bind
         inner = _program.Op(name, [], call, params=eqn.params)
         if inner.name in RULES and any(True for _ in _program.markers_inside(inner)):

@@ -179,14 +179,18 @@ def _of_domains(
     axis_name: _devices.AxisName | None,
 ) -> Moments:
     """Pools moments of examples for each domain, about its running `mean` if any."""
-    own = jnp.expand_dims(ids, 0) == jnp.arange(num_domains).reshape(-1, 1)
+    own = jnp.expand_dims(ids, 1) == jnp.arange(num_domains).reshape(1, -1)
     own = jnp.expand_dims(own, tuple(range(2, m.count.ndim + 1)))
 
-    def pool(own, mean):
-        part = m._replace(count=jnp.where(own, m.count, 0))
-        return merge_moments(part, shift=mean, axis_name=axis_name)
+    def repeated(vectors: jax.Array) -> jax.Array:
+        """The vectors of each example, once for each domain."""
+        first, *rest = vectors.shape
+        shape = (first, num_domains, *rest)
+        return jnp.broadcast_to(jnp.expand_dims(vectors, 1), shape)
 
-    return jax.vmap(pool)(own, mean)
+    count = jnp.where(own, jnp.expand_dims(m.count, 1), 0)
+    parts = Moments(repeated(m.mean), repeated(m.var), count)
+    return merge_moments(parts, shift=mean, axis_name=axis_name)
 
 
 def _of_each(table: Any, ids: jax.Array) -> Any:

@@ -8,8 +8,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import flax.linen as nn
-import jax
 
+from jaxbn import _compat
 from jaxbn._flax import fields
 from jaxbn.linen._batch_norm import BatchNorm
 
@@ -19,7 +19,7 @@ FIXED |= {"param_dtype", "bias_init", "scale_init"}
 FIELDS = {f.name for f in dataclasses.fields(BatchNorm)} - FIXED
 
 # The overrides in force, or None. JAX retraces functions when they change.
-_overrides = jax.make_user_context(None)
+_overrides = _compat.user_context(None)
 
 
 def replacing(**overrides: Any) -> "Context":

@@ -11,9 +11,11 @@ from flax.nnx.module import first_from
 from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 
-from jaxbn import _axes, _devices, layers
+from jaxbn import _axes, _compat, _devices, layers
 from jaxbn._flax import fields, recording
 from jaxbn._running_stats import Momentum
+
+_compat.require_flax("jaxbn.nnx", 0, 12, 0)
 
 NOT_GIVEN = (
     "`use_running_average` was given neither to the constructor nor to the call. Pass "

@@ -12,7 +12,7 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
 
-from jaxbn import _axes, _devices, layers
+from jaxbn import _axes, _compat, _devices, layers
 from jaxbn._flax import fields
 from jaxbn._running_stats import Momentum, init_stats
 from jaxbn.nnx._adapter import COMPLEX, Adapter, stats_dtype
@@ -114,6 +114,13 @@ class BatchNorm(Adapter, nnx.BatchNorm):
             axis, axis_name, axis_index_groups
         )
 
+        newer = {
+            "promote_dtype": promote_dtype,
+            "bias_metadata": bias_metadata,
+            "scale_metadata": scale_metadata,
+        }
+        taken = _compat.taken(nnx.BatchNorm.__init__, newer)
+
         def of_features(init: Initializer) -> Initializer:
             return lambda key, _, dtype: init(key, features, dtype)
 
@@ -132,11 +139,13 @@ class BatchNorm(Adapter, nnx.BatchNorm):
             axis_name=axis_name,  # type: ignore
             axis_index_groups=axis_index_groups,
             use_fast_variance=use_fast_variance,
-            promote_dtype=promote_dtype,
             rngs=rngs,
-            bias_metadata=bias_metadata,
-            scale_metadata=scale_metadata,
+            **taken,
         )
+        self.promote_dtype = promote_dtype
+        for name, metadata in (("scale", scale_metadata), ("bias", bias_metadata)):
+            if f"{name}_metadata" not in taken and getattr(self, name) is not None:
+                setattr(self, name, nnx.Param(getattr(self, name)[...], **metadata))
         self.num_features = features if np.ndim(num_features) else features[0]
         self.unbiased = unbiased
         self.derivatives = derivatives

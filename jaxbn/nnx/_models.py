@@ -224,7 +224,7 @@ def _layers_of(model: nnx.Module) -> dict[str, Any]:
     """The batch norms, by path."""
     layers = {
         "/".join(map(str, path)): module
-        for path, module in nnx.iter_modules(model)
+        for path, module in nnx.iter_graph(model)
         if isinstance(module, Adapter)
     }
     if not layers:
