@@ -3,7 +3,13 @@
 # own.
 
 PYTHON ?= python3
-VENV := $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
+# JAX=0.7.0 FLAX=0.10.7 takes these versions, in an environment of their own.
+JAX ?=
+FLAX ?=
+PINS := $(if $(JAX),jax==$(JAX)) $(if $(FLAX),flax==$(FLAX))
+NAMES := $(filter-out python3,$(notdir $(PYTHON))) $(if $(JAX),jax$(JAX)) $(if $(FLAX),flax$(FLAX))
+EMPTY :=
+VENV := $(subst $(EMPTY) ,-,$(strip .venv $(NAMES)))
 BIN := $(VENV)/bin
 JOBS ?= 2
 INSTALLED := $(VENV)/.installed
@@ -15,13 +21,17 @@ KERNEL_SOURCES := $(shell find native -name '*.py' -o -name '*.h' -o -name '*.cc
 OUT ?= out/digits
 SITE ?= out/docs
 TESTS ?= tests $(if $(filter yes,$(NATIVE)),native/tests)
+# What differs between versions of JAX, and what everything stands on.
+CORE := $(patsubst %,tests/test_%.py,moments normalize batch_norm running_stats derivatives \
+    devices family_devices collectives layers family linen_transforms nnx_transforms \
+    folding fold_program replace kernels)
 # Plain torch brings gigabytes of CUDA.
 PEERS ?= '.[peers]' torch==2.13.0+cpu
 PYTEST = $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal --durations=15
 # Documents whose examples are run.
 PAGES := README.md
 
-.PHONY: help install demo demo-small test test-all lint format types doctest docs figures check \
+.PHONY: help install demo demo-small test test-core test-all matrix lint format types doctest docs figures check \
     check-less clean peers
 
 help:  ## List the targets.
@@ -29,7 +39,8 @@ help:  ## List the targets.
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check \
+	    -e '.[$(if $(strip $(PINS)),test,dev)]' $(PINS)
 	@touch $@
 
 $(KERNELS): $(INSTALLED) $(KERNEL_SOURCES)
@@ -62,6 +73,12 @@ test-all: $(KERNELS)  ## Run the tests and the slow ones, all with XLA's optimiz
 doctest: $(KERNELS)  ## Run the examples in docstrings and pages.
 	$(BIN)/python -m pytest -q --quick --doctest-modules jaxbn \
 	    $(if $(filter yes,$(NATIVE)),--pyargs jaxbn_cpu) --doctest-glob='*.md' $(PAGES)
+
+test-core: TESTS = $(CORE)
+test-core: test  ## Run the tests of what differs between versions of JAX, in two minutes.
+
+matrix:  ## Run these with each version of JAX that is supported, and print a table.
+	$(PYTHON) tests/matrix.py
 
 lint: $(INSTALLED)  ## Check style and format.
 	$(BIN)/ruff check .

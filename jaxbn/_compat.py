@@ -5,10 +5,11 @@ import contextvars
 import importlib.metadata
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 from jax.extend.core import primitives
@@ -29,6 +30,31 @@ def as_varying(array: jax.Array, names: tuple[str, ...]) -> jax.Array:
     if VERSION < (0, 8):
         return lax.pvary(array, names)  # type: ignore
     return lax.pcast(array, names, to="varying")
+
+
+def concatenate(vectors: Sequence[jax.Array]) -> jax.Array:
+    """The vectors, one after the other."""
+    if VERSION >= (0, 8):
+        return jnp.concatenate(vectors)
+    # Under `jax.shard_map`, its second derivative fails there.
+    size, end, whole = sum(v.size for v in vectors), 0, 0
+    for vector in vectors:
+        end += vector.size
+        zero = jnp.zeros((), vector.dtype)
+        whole += lax.pad(vector, zero, [(end - vector.size, size - end, 0)])
+    return jnp.asarray(whole)
+
+
+def split(array: jax.Array, ends: Sequence[int], axis: int) -> list[jax.Array]:
+    """The parts of an array that end at `ends` along an axis."""
+    if VERSION >= (0, 8):
+        return jnp.split(array, ends[:-1], axis)
+    # It has no derivative there if a part is unused.
+    starts = (0, *ends)
+    return [
+        lax.slice_in_dim(array, start, end, axis=axis)
+        for start, end in zip(starts, ends, strict=False)
+    ]
 
 
 def bound_axes() -> tuple:

@@ -3,12 +3,19 @@
 import os
 
 import jax
-import older as older
+import older
 import pytest
 
 os.environ.setdefault("KERAS_BACKEND", "jax")  # Keras asks when it is imported.
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_configure(config):
+    if older.JAX < (0, 8):  # where `jax.pmap` is no program that `jax.jit` has parts of
+        config.addinivalue_line("filterwarnings", "ignore:The function jit.*pmap")
+
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
@@ -21,3 +28,11 @@ def eight_devices():
 def x64():
     with jax.enable_x64(True):
         yield
+
+
+def pytest_collection_modifyitems(items):
+    if older.FLAX < (0, 12):
+        skip = pytest.mark.skip(reason="jaxbn.nnx needs Flax 0.12.0")
+        for item in items:
+            if "nnx" in item.nodeid:
+                item.add_marker(skip)

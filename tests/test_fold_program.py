@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import older
 import pytest
 from flax import nnx
 from jax import lax
@@ -535,7 +536,8 @@ def test_vmap_moves_the_axes():
     one = lambda p, x: normalized(conv(x[None], p["kernel"])[0], p["norm"])
     f = jax.vmap(one, (None, 3), 1)
     _, _, found = assert_same(f, AFTER, example((6, 6, 3, 2)))
-    assert len(found.folded) == 1
+    # Before, JAX makes a grouped convolution and slices of it: left, and reported.
+    assert len(found.folded) == (1 if older.JAX >= (0, 10) else 0)
     ensemble = jax.vmap(lambda p, x: normalized(x @ p["kernel"], p["norm"]), (0, None))
     params = {"kernel": example((2, 3, 4)), "norm": jax.tree.map(
         lambda *a: jnp.stack(a), norm_of(4), norm_of(4, 1))}  # fmt: skip

@@ -11,6 +11,7 @@ import pytest
 from data import assert_close
 from flax import nnx
 from jax.sharding import PartitionSpec as P
+from spread import mesh_of
 
 import jaxbn
 
@@ -279,7 +280,7 @@ def test_a_model_becomes_synchronized():
     """The model knows of no devices; statistics are those of all of them."""
     model = nn.BatchNorm(use_running_average=False, momentum=0.0)
     variables = model.init(jax.random.key(0), X)
-    mesh = jax.make_mesh((8,), ("data",))
+    mesh = mesh_of(8)
 
     def step(x):
         ours = jaxbn.linen.replace_batch_norm(model, axis_name="data")
@@ -575,7 +576,7 @@ def check_third_party(model, run, layers):
         jax.tree.map(lambda a, b: assert_close(a, b, 1e-3, 1e-3), got, expected)
 
     synchronized = jaxbn.linen.replace_batch_norm(model, axis_name="data")
-    mesh = jax.make_mesh((8,), ("data",))
+    mesh = mesh_of(8)
     spread = jax.shard_map(
         lambda v, x: run(synchronized, v, x, True),
         mesh=mesh,

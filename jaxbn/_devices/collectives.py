@@ -116,7 +116,7 @@ def _packed(arrays: Sequence[jax.Array]) -> jax.Array:
     parts = [part for array in arrays for part in _real_parts(array)]
     if _sharded_as(parts[0]):
         return jnp.stack(parts)
-    return jnp.concatenate([jnp.ravel(part) for part in parts])
+    return _compat.concatenate([jnp.ravel(part) for part in parts])
 
 
 def _unpacked(packed: jax.Array, like: Sequence[jax.Array]) -> list[jax.Array]:
@@ -124,10 +124,11 @@ def _unpacked(packed: jax.Array, like: Sequence[jax.Array]) -> list[jax.Array]:
     parts = [part for array in like for part in _real_parts(array)]
     if _sharded_as(parts[0]):
         axis = packed.ndim - 1 - parts[0].ndim
-        pieces = [jnp.squeeze(p, axis) for p in jnp.split(packed, len(parts), axis)]
+        ends = range(1, len(parts) + 1)
+        pieces = [jnp.squeeze(p, axis) for p in _compat.split(packed, ends, axis)]
     else:
-        ends = np.cumsum([part.size for part in parts])
-        flat = jnp.split(packed, ends[:-1], axis=-1)
+        ends = [int(end) for end in np.cumsum([part.size for part in parts])]
+        flat = _compat.split(packed, ends, packed.ndim - 1)
         lead = packed.shape[:-1]
         pieces = [
             p.reshape(lead + part.shape) for p, part in zip(flat, parts, strict=True)

@@ -36,7 +36,7 @@ def empty_window(stats: Arrays) -> Arrays:
 
 def is_window(record: Any) -> bool:
     """Whether a record, or a list of its names, belongs to a window."""
-    return START + "mean" in record
+    return START + "mean" in tuple(record)  # Flax 0.12.0's `nnx.Dict` has no `in`.
 
 
 def closed(record: Record) -> Arrays:

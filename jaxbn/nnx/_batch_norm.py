@@ -143,6 +143,8 @@ class BatchNorm(Adapter, nnx.BatchNorm):
             **taken,
         )
         self.promote_dtype = promote_dtype
+        if "bias_init" in vars(self):  # Flax 0.12.0 keeps them: equal ones, then.
+            self.bias_init, self.scale_init = bias_init, scale_init
         for name, metadata in (("scale", scale_metadata), ("bias", bias_metadata)):
             if f"{name}_metadata" not in taken and getattr(self, name) is not None:
                 setattr(self, name, nnx.Param(getattr(self, name)[...], **metadata))
