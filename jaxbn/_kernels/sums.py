@@ -26,6 +26,7 @@ from jaxbn._kernels.operation import CPU, Bound, Operation
 
 FeatureAxes = tuple[int, ...]
 DTYPES = (jnp.float32, jnp.bfloat16)
+INTERFACE = 1  # That of the jaxbn-cpu that can be used.
 
 
 class Chosen(NamedTuple):
@@ -224,15 +225,24 @@ def _obstacle(x, feature_axes: FeatureAxes, weights) -> str | None:
 
 @functools.cache
 def _missing() -> str | None:
+    """Why there are no kernels. A library that cannot be used is warned of, once."""
     if importlib.util.find_spec("jaxbn_cpu") is None:
         return "jaxbn-cpu is not installed (`pip install ./native` in a checkout)."
     try:
-        importlib.import_module("jaxbn_cpu")
-    except (ImportError, OSError) as error:
+        library = importlib.import_module("jaxbn_cpu")
+    except (ImportError, OSError, AttributeError) as error:
         message = f"jaxbn-cpu is installed, but cannot be loaded: {error}."
-        warnings.warn(f"{message} XLA computes.", stacklevel=2)
-        return message
-    return None
+    else:
+        found = getattr(library, "INTERFACE", 0)
+        if found == INTERFACE:
+            return None
+        change = "Update jaxbn-cpu" if found < INTERFACE else "Update jaxbn"
+        message = (
+            f"jaxbn-cpu {library.__version__} is for another version of jaxbn "
+            f"(interface {found}, expected {INTERFACE}). {change}."
+        )
+    warnings.warn(f"{message} XLA computes.", stacklevel=2)
+    return message
 
 
 def _over_devices(

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from jax.typing import ArrayLike
 
 __version__ = "0.1.0"
+# What jaxbn relies on: it uses no library of another number.
+INTERFACE = 1
 DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 
 _library = ctypes.CDLL(str(pathlib.Path(__file__).with_name("_kernels.so")))
