@@ -6,6 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import older
 import pytest
 from data import assert_close, numbers
 from family import CASES
@@ -173,12 +174,10 @@ def test_groups_aligned_with_shards_need_no_collective_for_y(kind):
             return lowered.compile().as_text()
 
     texts = {which: compiled(which) for which in ("y", "dx", "state", "dparams")}
-    assert {k: len(reduced(t)) for k, t in texts.items()} == {
-        "y": 0,
-        "dx": 0,
-        "state": 1,
-        "dparams": 1,
-    }
+    found = {k: len(reduced(t)) for k, t in texts.items()}
+    if older.JAX < (0, 8):  # whose XLA does not combine all-reduces on a CPU
+        found |= {k: min(found[k], 1) for k in ("state", "dparams")}
+    assert found == {"y": 0, "dx": 0, "state": 1, "dparams": 1}
     for text in texts.values():
         assert "all-gather" not in text
         assert "all-to-all" not in text

@@ -21,6 +21,7 @@ from data import (
     weights,
 )
 from flax import nnx
+from jax import export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -29,7 +30,9 @@ from jaxbn._kernels import sums as kernels
 
 pytestmark = pytest.mark.optimized
 
-pytest.importorskip("jaxbn_cpu", reason="needs jaxbn-cpu: `pip install ./native`")
+jaxbn_cpu = pytest.importorskip(
+    "jaxbn_cpu", reason="needs jaxbn-cpu: `pip install ./native`"
+)
 
 CALLS = r"custom_call(?:_target)?[ =(]*[@\"]+jaxbn_"
 ADJACENT = [name for name in LAYOUTS if "two_axes" not in name]
@@ -461,8 +464,8 @@ def test_export(implementation, kernels):
     """As docs/performance.md tells it."""
     x = numbers((8, 4), "float32")
     f = partial(batch_norm, implementation=implementation)
-    allow = jax.export.DisabledSafetyCheck.custom_call
-    exported = jax.export.export(
+    allow = export.DisabledSafetyCheck.custom_call
+    exported = export.export(
         jax.jit(lambda x: f(x, None, None)[0]),
         disabled_checks=[allow(f"jaxbn_{name}") for name in kernels],
     )(x)
@@ -609,5 +612,20 @@ def test_kernels_that_cannot_be_loaded_leave_it_to_xla(monkeypatch):
             assert_close(jaxbn.moments(x).var, np.var(x, 0), rtol=1e-5, atol=0)
         with pytest.raises(ValueError, match="no such symbol"):
             jaxbn.moments(x, implementation="native")
+    finally:
+        kernels._missing.cache_clear()
+
+
+@pytest.mark.parametrize(("found", "remedy"), [(0, "jaxbn-cpu"), (99, "jaxbn")])
+def test_kernels_of_another_version_leave_it_to_xla(monkeypatch, found, remedy):
+    monkeypatch.setattr(jaxbn_cpu, "INTERFACE", found)
+    kernels._missing.cache_clear()
+    try:
+        x = numbers((5, 3), "float32")
+        message = rf"jaxbn-cpu .*interface {found}, expected .* Update {remedy}\."
+        with pytest.warns(UserWarning, match=message):
+            assert_close(jaxbn.moments(x).var, np.var(x, 0), rtol=1e-5, atol=0)
+        with pytest.raises(ValueError, match=rf"Update {remedy}\."):
+            jaxbn.moments(x, implementation="native")  # Not warned of again.
     finally:
         kernels._missing.cache_clear()

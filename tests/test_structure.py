@@ -3,6 +3,7 @@
 import ast
 import inspect
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -130,3 +131,10 @@ def test_the_list_of_public_names():
             "update",
         )
     }
+
+
+def test_versions_are_asked_for_in_one_file():
+    words = re.compile(r"jax\.__version|hasattr\((jax|lax|core)\b|jax\._src|FLAX\b")
+    for path in ROOT.rglob("*.py"):
+        if path.name != "_compat.py":
+            assert not words.search(path.read_text()), path
