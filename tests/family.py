@@ -46,6 +46,12 @@ def renorm(x, params, state, w, frozen):
     return affine(y, params), m._replace(var=np.sqrt(m.var + 1e-5)), frozen
 
 
+def renorm_of_variances(x, params, state, w, frozen):
+    std = np.sqrt(state[1] + 1e-5)
+    y, m, frozen = oracle.renorm(x, state[0], std, LIMITS, w, frozen)
+    return affine(y, params), m, frozen
+
+
 def domain(x, params, state, w, frozen):
     y, found = oracle.groups(x, IDS, w)
     own = {name: spread(v[IDS], x) for name, v in params.items()}
@@ -97,6 +103,13 @@ CASES = {
     "renorm": Case(
         lambda **o: layers.renorm(r_max=LIMITS[0], d_max=LIMITS[1], **o),
         renorm,
+        form=True,
+    ),
+    "renorm of variances": Case(
+        lambda **o: layers.renorm(
+            r_max=LIMITS[0], d_max=LIMITS[1], tracks="var", warm_up_steps=1, **o
+        ),
+        renorm_of_variances,
         form=True,
     ),
     "domain": Case(

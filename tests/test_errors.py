@@ -384,6 +384,26 @@ CASES = {
         ValueError,
         ["`r_max` must be at least 1", "0.5", "batch norm"],
     ),
+    "another word for what is averaged": (
+        lambda: layers.renorm(tracks="variance"),
+        ValueError,
+        ["`tracks` must be 'std' or 'var'", "'variance'"],
+    ),
+    "a warm-up that is no integer": (
+        lambda: jaxbn.nnx.BatchRenorm(3, warm_up_steps=1.5, rngs=nnx.Rngs(0)),
+        TypeError,
+        ["`warm_up_steps` must be an integer", "1.5"],
+    ),
+    "a negative warm-up": (
+        lambda: layers.renorm(warm_up_steps=-1),
+        ValueError,
+        ["`warm_up_steps` must be at least 0", "-1"],
+    ),
+    "a warm-up and a schedule": (
+        lambda: layers.renorm(warm_up_steps=10, d_max=lambda step: 5.0),
+        ValueError,
+        ["`warm_up_steps` is 10", "a limit is a function of the step"],
+    ),
     "d_max below 0": (
         lambda: layers.renorm(d_max=-1),
         ValueError,

@@ -157,7 +157,7 @@ def test_second_derivatives(name, x64):
 
     Not of renorm: what differences see of its gradient passes through r and d.
     """
-    if name == "renorm":
+    if name.startswith("renorm"):
         pytest.skip("r and d are constant to the gradient")
     case = CASES[name]
     layer, params, state = family.started(case)

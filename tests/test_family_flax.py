@@ -36,6 +36,12 @@ FAMILY = {
         {"r_max": optax.linear_schedule(1.0, 2.0, 3), "d_max": 0.2},
         {},
     ),
+    "renorm of variances": (
+        "BatchRenorm",
+        layers.renorm,
+        {"r_max": 1.3, "d_max": 0.2, "tracks": "var", "warm_up_steps": 1},
+        {},
+    ),
     "domain": (
         "DomainBatchNorm",
         layers.domain,
@@ -121,7 +127,7 @@ def test_is_its_layer(make, name):
     layer = factory(momentum=0.9, **own)
     _, first = layer.init(3)
     assert set(plain(stats)) == set(first._fields) - (
-        set() if name in ("renorm", "streaming") else {"step"}
+        set() if name in ("renorm", "renorm of variances", "streaming") else {"step"}
     )
 
     def loss(apply, params, state):

@@ -317,3 +317,29 @@ def test_conditional_with_neither_scale_nor_bias_has_every_mode():
     plain = lambda x: jaxbn.batch_norm(x, derivatives="jvp")[0]
     expected = jax.jvp(plain, (x,), (jnp.sin(x),))
     assert_close(jax.jvp(f, (x,), (jnp.sin(x),)), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tracks", ["std", "var"])
+def test_renorm_after_its_warm_up(x64, tracks):
+    """Batch norm for two steps, then renorm with its limits, against NumPy."""
+    options = {"r_max": 1.1, "d_max": 0.2, "warm_up_steps": 2, "momentum": 0.9}
+    layer = layers.renorm(tracks=tracks, stats_dtype="float64", **options)
+    params, state = layer.init(3)
+    apply = jax.jit(partial(layer.apply, training=True))
+    mean, spread = np.zeros(3), np.ones(3)
+    for step in range(4):
+        x = numbers((6, 3), "float64", seed=step, mean=2.0)
+        y, state = apply(params, state, x)
+        std = np.sqrt(spread + 1e-5) if tracks == "var" else spread
+        limits = (1.0, 0.0) if step < 2 else (1.1, 0.2)
+        expected, m, _ = oracle.renorm(x, mean, std, limits)
+        assert_close(y, expected, rtol=1e-10, atol=1e-10)
+        new = m.var if tracks == "var" else np.sqrt(m.var + 1e-5)
+        mean = 0.9 * mean + 0.1 * m.mean[0]
+        spread = 0.9 * spread + 0.1 * new[0]
+        assert_close(state.mean, mean, rtol=1e-10)
+        assert_close(state[1], spread, rtol=1e-10)
+        assert state.step == step + 1
+    y, _ = layer.apply(params, state, x, training=False)
+    std = np.sqrt(spread + 1e-5) if tracks == "var" else spread
+    assert_close(y, (wide(x) - mean) / std, rtol=1e-10, atol=1e-10)

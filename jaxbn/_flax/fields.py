@@ -46,6 +46,8 @@ OPTIONS: dict[Callable[..., layers.Layer], tuple[str, ...]] = {
     layers.renorm: (
         "r_max",
         "d_max",
+        "tracks",
+        "warm_up_steps",
         "use_fast_variance",
         "axis_index_groups",
         "derivatives",

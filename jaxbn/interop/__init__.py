@@ -2,9 +2,11 @@
 
 `torch`, `keras`, `haiku`, `equinox`, `flax` and `praxis` convert the arrays of one or
 all batch norms of a model to `(params, stats)`, as in `jaxbn.layers.standard`, and
-back, and constructor arguments to options. None of these libraries is imported.
+back, and constructor arguments to options. `crossq` converts the statistics of batch
+renormalization in reinforcement learning. None of these libraries is imported.
 """
 
+from jaxbn.interop import crossq as crossq
 from jaxbn.interop import equinox as equinox
 from jaxbn.interop import flax as flax
 from jaxbn.interop import haiku as haiku

@@ -1,7 +1,7 @@
 """Batch renormalization: training normalizes in the same way as inference."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,15 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxbn import _axes, _devices, _dtypes
 from jaxbn._moments import Moments
 from jaxbn._running_stats import Momentum, RunningStats, init_stats, update
-from jaxbn.layers._layer import Layer, Norm, affine, compose, factory, init_affine
+from jaxbn.layers._layer import (
+    Layer,
+    Norm,
+    Params,
+    affine,
+    compose,
+    factory,
+    init_affine,
+)
 
 Limit = ArrayLike | Callable[[jax.Array], ArrayLike]
 
@@ -37,11 +45,16 @@ class RenormStats(NamedTuple):
     step: jax.Array
 
 
+State = RenormStats | RunningStats
+
+
 @factory
 def renorm(
     *,
     r_max: Limit = 3.0,
     d_max: Limit = 5.0,
+    tracks: str = "std",
+    warm_up_steps: int = 0,
     feature_axes: _axes.Axes = -1,
     momentum: Momentum = 0.99,
     epsilon: float = 1e-5,
@@ -65,17 +78,25 @@ def renorm(
                     μ, σ = momentum·(μ, σ) + (1 − momentum)·(μ_B, σ_B)
         inference:  y = (x − μ) / σ · scale + bias
 
+    With `tracks="var"`, the running statistics are μ and an average v of variances, and
+    σ = √(v + epsilon) where it is used.
+
     No gradient passes through r and d. Where nothing is clipped, training has the same
     output as inference with the statistics before the update, however small the batch.
     With r = 1 and d = 0 (`r_max=1`, `d_max=0`) it is batch norm. Early running
     statistics carry no information: let the limits grow from there, as in the paper,
     with schedules such as
-    `optax.linear_schedule(1.0, 3.0, 35_000, transition_begin=5_000)`.
+    `optax.linear_schedule(1.0, 3.0, 35_000, transition_begin=5_000)`, or have batch
+    norm for the first `warm_up_steps`, as CrossQ does.
 
     Args:
       r_max: The largest r, and 1 over the smallest r: a number of at least 1 (`jnp.inf`
         clips nothing), or a function of the step.
       d_max: The largest |d|: a number of at least 0, or a function of the step.
+      tracks: What is averaged: "std", standard deviations √(var + epsilon), as in the
+        paper, or "var", variances, as in reinforcement learning.
+      warm_up_steps: Up to this number of updates, r = 1 and d = 0. Not together with
+        limits that are functions of the step.
       feature_axes: As for `standard`, like all options below.
       momentum: The weight of the old running statistics.
       epsilon: Added to the variance.
@@ -93,10 +114,12 @@ def renorm(
 
     Returns:
       A `Layer`. Its state is a `RenormStats`. The moments that `forward` returns and
-      `update` takes include epsilon in their variance.
+      `update` takes include epsilon in their variance. With `tracks="var"` the state is
+      a `RunningStats`, and the moments have the variance itself.
 
     Raises:
-      ValueError: `r_max` is below 1 or `d_max` below 0.
+      ValueError: `r_max` is below 1 or `d_max` below 0, `tracks` is another word, or
+        `warm_up_steps` is negative, or given together with a limit that is a function.
       TypeError: In `apply`, as for `standard`.
 
     Example:
@@ -110,16 +133,20 @@ def renorm(
 
     References:
       Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in
-      Batch-Normalized Models" (2017).
+      Batch-Normalized Models" (2017). Bhatt et al., "CrossQ: Batch Normalization in
+      Deep Reinforcement Learning for Greater Sample Efficiency and Simplicity" (2024),
+      for `tracks="var"` and `warm_up_steps`.
     """
     _require_limit("r_max", r_max, 1)
     _require_limit("d_max", d_max, 0)
+    _require_warm_up(tracks, warm_up_steps, r_max, d_max)
     names = ["scale"] * use_scale + ["bias"] * use_bias
+    average = AVERAGES[tracks]
 
     def init(features):
         stats = init_stats(features, dtype=stats_dtype)
         params = init_affine(features, use_scale, use_bias, param_dtype)
-        return params, RenormStats(*stats)
+        return params, average.kind(*stats)
 
     norm = Norm(
         feature_axes,
@@ -131,37 +158,34 @@ def renorm(
         use_fast_variance,
     )
 
-    def correction(state: RenormStats, m: Moments) -> tuple[jax.Array, jax.Array]:
+    def correction(state: State, m: Moments) -> tuple[jax.Array, jax.Array]:
         state, m = lax.stop_gradient((state, m))
         most_r, most_d = (_at(limit, state.step) for limit in (r_max, d_max))
-        r = jnp.clip(jnp.sqrt(m.var + epsilon) / state.std, 1 / most_r, most_r)
-        return r, _clip((m.mean - state.mean) / state.std, most_d)
+        sigma = average.deviation(state, epsilon)
+        r = jnp.clip(jnp.sqrt(m.var + epsilon) / sigma, 1 / most_r, most_r)
+        d = _clip((m.mean - state.mean) / sigma, most_d)
+        if not warm_up_steps:
+            return r, d
+        over = state.step >= warm_up_steps
+        return jnp.where(over, r, 1), jnp.where(over, d, 0)
 
-    def with_epsilon(m: Moments) -> Moments:
-        """Adds epsilon to var: the state averages √ of this, also after pooling."""
-        return m._replace(var=m.var + epsilon)
-
-    def train(params, state: RenormStats, x, weights):
+    def train(params, state: State, x, weights):
         scale, bias = affine(params)
         batch = norm.batch(x, weights)
         m = norm.near(state, batch)
         r, d = correction(state, m)
         corrected = r if scale is None else r * scale, _moved(d, scale, bias)
-        return norm.by_moments(batch, m, corrected, derivatives), with_epsilon(m)
+        y = norm.by_moments(batch, m, corrected, derivatives)
+        return y, average.of_batch(m, epsilon)
 
-    def infer(params, state: RenormStats, x, weights):
-        var = jnp.square(_dtypes.widen(state.std, x))
-        exact = norm._replace(epsilon=0)
-        return exact.by_stats(x, state.mean, var, affine(params))
+    def infer(params, state: State, x, weights):
+        return average.infer(norm, params, state, x)
 
     def measure(state, x, weights):
-        return with_epsilon(norm.exact(state, x, weights))
+        return average.of_batch(norm.exact(state, x, weights), epsilon)
 
-    def move(state: RenormStats, m: Moments):
-        # The standard deviation is averaged in place of a variance.
-        std = jnp.sqrt(lax.stop_gradient(m.var))
-        old, new = RunningStats(*state), m._replace(var=std)
-        return RenormStats(*update(old, new, momentum=momentum))
+    def move(state: State, m: Moments):
+        return average.moved(state, m, momentum)
 
     return compose(
         init,
@@ -171,8 +195,75 @@ def renorm(
         infer=infer,
         measure=measure,
         update=move,
-        kind=RenormStats,
+        kind=average.kind,
     )
+
+
+class _OfDeviations:
+    """Averages √(var + epsilon)."""
+
+    kind = RenormStats
+
+    @staticmethod
+    def deviation(state: RenormStats, epsilon: float) -> jax.Array:
+        return state.std
+
+    @staticmethod
+    def of_batch(m: Moments, epsilon: float) -> Moments:
+        """Adds epsilon to var: the state averages √ of this, also after pooling."""
+        return m._replace(var=m.var + epsilon)
+
+    @staticmethod
+    def moved(state: RenormStats, m: Moments, momentum: Momentum) -> RenormStats:
+        # The standard deviation is averaged in place of a variance.
+        std = jnp.sqrt(lax.stop_gradient(m.var))
+        old, new = RunningStats(*state), m._replace(var=std)
+        return RenormStats(*update(old, new, momentum=momentum))
+
+    @staticmethod
+    def infer(norm: Norm, params: Params, state: RenormStats, x) -> jax.Array:
+        var = jnp.square(_dtypes.widen(state.std, x))
+        exact = norm._replace(epsilon=0)
+        return exact.by_stats(x, state.mean, var, affine(params))
+
+
+class _OfVariances:
+    """Averages variances."""
+
+    kind = RunningStats
+
+    @staticmethod
+    def deviation(state: RunningStats, epsilon: float) -> jax.Array:
+        return jnp.sqrt(_dtypes.widen(state.var) + epsilon)
+
+    @staticmethod
+    def of_batch(m: Moments, epsilon: float) -> Moments:
+        return m
+
+    @staticmethod
+    def moved(state: RunningStats, m: Moments, momentum: Momentum) -> RunningStats:
+        return update(state, m, momentum=momentum)
+
+    @staticmethod
+    def infer(norm: Norm, params: Params, state: RunningStats, x) -> jax.Array:
+        return norm.infer(params, state, x, None)
+
+
+AVERAGES: dict[str, Any] = {"std": _OfDeviations, "var": _OfVariances}
+
+
+def _require_warm_up(tracks: str, steps: int, *limits: Limit) -> None:
+    if tracks not in AVERAGES:
+        raise ValueError(f"`tracks` must be 'std' or 'var', got {tracks!r}.")
+    if not isinstance(steps, (int, np.integer)) or isinstance(steps, bool):
+        raise TypeError(f"`warm_up_steps` must be an integer, got {steps!r}.")
+    if steps < 0:
+        raise ValueError(f"`warm_up_steps` must be at least 0, got {steps}.")
+    if steps and any(map(callable, limits)):
+        raise ValueError(
+            f"`warm_up_steps` is {steps}, and a limit is a function of the step. Let "
+            "this function be 1 (`r_max`) and 0 (`d_max`) in the first steps instead."
+        )
 
 
 def _moved(d, scale, bias) -> jax.Array:

@@ -71,6 +71,10 @@ class BatchRenorm(Variant):
         one, at least 1; or a function of the step.
       d_max: The largest distance of the means in standard deviations; or a function of
         the step.
+      tracks: "std" for an average of standard deviations, "var" of variances: the
+        statistics are then `mean`, `var` and `step`.
+      warm_up_steps: Up to this number of updates it is batch norm. Then there is a
+        `step`, too.
       use_fast_variance: Whether to pass the running mean as `shift`.
       axis_index_groups: Groups of indices of `axis_name`.
       derivatives: "vjp" or "jvp", as for `jaxbn.batch_norm`.
@@ -89,6 +93,8 @@ class BatchRenorm(Variant):
 
     r_max: Limit = 3.0
     d_max: Limit = 5.0
+    tracks: str = "std"
+    warm_up_steps: int = 0
     use_fast_variance: bool = True
     axis_index_groups: _devices.Groups | None = None
     derivatives: str = "vjp"
@@ -99,7 +105,8 @@ class BatchRenorm(Variant):
 
     @nn.nowrap
     def _keeps_step(self) -> bool:
-        return any(map(callable, (self.momentum, self.r_max, self.d_max)))
+        limited = any(map(callable, (self.momentum, self.r_max, self.d_max)))
+        return limited or self.warm_up_steps > 0 or self.tracks == "var"
 
 
 class DomainBatchNorm(Variant):

@@ -1,0 +1,131 @@
+"""Batch renormalization as reinforcement learners have it, and their checkpoints."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from data import assert_close, numbers
+
+import jaxbn
+from jaxbn.interop import crossq
+
+LAYER = {"tracks": "var", "warm_up_steps": 2, "momentum": 0.9, "epsilon": 1e-3}
+
+
+class Critic(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = jaxbn.linen.BatchRenorm(not train, name="BatchRenorm_0", **LAYER)(x)
+        x = nn.relu(nn.Dense(4)(x))
+        return jaxbn.linen.BatchRenorm(not train, name="BatchRenorm_1", **LAYER)(x)
+
+
+class Critics(nn.Module):
+    """Two critics on the same input, with leading axes in all variables."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        stacked = nn.vmap(
+            Critic,
+            variable_axes={"params": 0, "batch_stats": 0},
+            split_rngs={"params": True},
+            in_axes=None,
+            axis_size=2,
+        )
+        return stacked(name="VmapCritic_0")(x, train)
+
+
+def theirs(stats):
+    """The collection as those modules have it, written by hand."""
+    if "mean" not in stats:
+        return {name: theirs(part) for name, part in stats.items()}
+    steps = jnp.asarray(stats["step"], jnp.int32)
+    limits = {"r_max": jnp.full_like(steps, 3), "d_max": jnp.full_like(steps, 5)}
+    return {"mean": stats["mean"], "var": stats["var"], "steps": steps, **limits}
+
+
+@pytest.fixture(scope="module", params=[Critic, Critics])
+def trained(request):
+    """A model and its variables after three steps, past the warm-up."""
+    model, x = request.param(), numbers((6, 3), "float32")
+    variables = jax.jit(model.init, static_argnums=2)(jax.random.key(0), x, True)
+
+    @jax.jit
+    def step(variables, x):
+        _, new = model.apply(variables, x, True, mutable=["batch_stats"])
+        return variables | new
+
+    for seed in range(3):
+        variables = step(variables, numbers((6, 3), "float32", seed, mean=2.0))
+    return model, variables, x
+
+
+def same(got, expected):
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        np.testing.assert_array_equal(a, b)
+
+
+def test_whole_trees_there_and_back(trained):
+    model, variables, x = trained
+    stats = variables["batch_stats"]
+    assert set(map(int, np.ravel(jax.tree.leaves(stats)[1]))) == {3}  # the steps
+    moved, limits = crossq.to_jaxbn(theirs(stats))
+    assert limits == {}
+    same(moved, stats)
+    same(crossq.from_jaxbn(moved), theirs(stats))
+    y = model.apply(variables | {"batch_stats": moved}, x, False)
+    assert_close(y, model.apply(variables, x, False))
+
+
+def test_a_single_layer_and_its_limits():
+    one = np.ones(3, np.float32)
+    layer = {"mean": one, "var": one, "steps": np.int32(9), "r_max": 2.5, "d_max": 5}
+    moved, limits = crossq.to_jaxbn(layer)
+    assert limits == {"": {"r_max": 2.5}}
+    back = crossq.from_jaxbn(moved, **limits[""])
+    assert {n: (v.dtype.name, v.item()) for n, v in back.items() if v.ndim == 0} == {
+        "steps": ("int32", 9),
+        "r_max": ("float32", 2.5),
+        "d_max": ("int32", 5),
+    }
+
+
+ONE = np.ones(3, np.float32)
+GOOD = {"mean": ONE, "var": ONE, "steps": 1, "r_max": 3, "d_max": 5}
+BATCH_NORM = {"mean": ONE, "var": ONE}
+
+
+@pytest.mark.parametrize(
+    ("tree", "error", "words"),
+    [
+        ({}, ValueError, "no layer with mean, var and `steps`"),
+        ({"a": {"b": {}}}, ValueError, "no layer"),
+        (3, TypeError, "`batch_stats` must be a dict, got int"),
+        ({"a": BATCH_NORM}, ValueError, r"`batch_stats\['a'\]` has \['mean', 'var'\]"),
+        ({"a": {**GOOD, "std": ONE}}, ValueError, "has .*'std'.*, expected"),
+        ({**GOOD, "mean": "x"}, TypeError, r"`batch_stats\['mean'\]` must be an array"),
+        ({**GOOD, "var": -ONE}, ValueError, "negative"),
+        ({**GOOD, "var": ONE[:2]}, ValueError, r"variance of shape \(2,\)"),
+        ({**GOOD, "steps": np.ones(2)}, ValueError, r"`steps` of shape \(2,\)"),
+        ({**GOOD, "r_max": np.ones(2)}, ValueError, r"'r_max'\]` has shape \(2,\)"),
+    ],
+)
+def test_trees_of_something_else(tree, error, words):
+    with pytest.raises(error, match=words):
+        crossq.to_jaxbn(tree)
+
+
+def test_what_cannot_go_back():
+    _, state = jaxbn.layers.renorm().init(3)
+    with pytest.raises(ValueError, match=r"BatchRenorm\(tracks=.std"):
+        crossq.from_jaxbn(state._asdict())
+    with pytest.raises(ValueError, match=r"`r_max` must be at least 1, got 0\.5"):
+        crossq.from_jaxbn({"mean": ONE, "var": ONE, "step": 1}, r_max=0.5)
+    two = np.ones((2, 3), np.float32)
+    steps = np.ones(2, np.int32)
+    stacked = {"mean": two, "var": two, "steps": steps, "r_max": steps, "d_max": [1, 2]}
+    with pytest.raises(ValueError, match="d_max` differs between stacked"):
+        crossq.to_jaxbn(stacked)
