@@ -129,3 +129,109 @@ def test_what_cannot_go_back():
     stacked = {"mean": two, "var": two, "steps": steps, "r_max": steps, "d_max": [1, 2]}
     with pytest.raises(ValueError, match="d_max` differs between stacked"):
         crossq.to_jaxbn(stacked)
+
+
+def of_sbx():
+    """sbx's own module, and jaxbn's under the names of its fields."""
+    layers = pytest.importorskip("sbx.common.jax_layers", reason="`make peers`")
+
+    class BatchRenorm(jaxbn.linen.BatchRenorm):
+        epsilon: float = 0.001
+        tracks: str = "var"
+        warmup_steps: int = 100_000
+
+        def __post_init__(self):
+            self.warm_up_steps = self.warmup_steps
+            super().__post_init__()
+
+    return layers.BatchRenorm, BatchRenorm
+
+
+@pytest.mark.parametrize("warm_up", [100, 3])
+def test_ten_updates_on_the_batches_of_sbx(warm_up):
+    """Statistics are the same, and outputs where r is 1 or epsilon next to nothing."""
+    both = of_sbx()
+    fields = {"momentum": 0.9, "warmup_steps": warm_up}
+    layer, ours = (cls(**fields) for cls in both)
+    x = numbers((32, 3), "float32", mean=3.0)
+    state, own = (m.init(jax.random.key(0), x, False) for m in (layer, ours))
+
+    def step(module):
+        return jax.jit(lambda v, x: module.apply(v, x, False, mutable=["batch_stats"]))
+
+    steps = step(layer), step(ours)
+    for seed in range(10):
+        x = numbers((32, 3), "float32", seed, mean=1.0 + seed / 4)
+        y, new = steps[0](state, x)
+        z, moved = steps[1](own, x)
+        state, own = state | new, own | moved
+        # r² − 1 is at most 8; the variance is 4.
+        bound = 1e-5 if seed < warm_up else 1e-5 + 0.5 * 8 * 0.001 / 3
+        assert_close(z, y, rtol=bound, atol=2 * bound)
+        expected, limits = crossq.to_jaxbn(state["batch_stats"])
+        assert limits == {}
+        assert int(expected["step"]) == seed + 1
+        jax.tree.map(
+            lambda a, b: assert_close(a, b, rtol=2e-6, atol=1e-6),
+            own["batch_stats"],
+            expected,
+        )
+    y = layer.apply(state, x, True)
+    z = ours.apply(own | {"batch_stats": expected}, x, True)
+    assert_close(z, y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def any_rank():
+    with jax.numpy_rank_promotion("allow"):  # which sbx needs
+        yield
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("any_rank")
+def test_sbx_trains_with_it_and_takes_its_own_state(monkeypatch, tmp_path):
+    """CrossQ of sbx on Pendulum, with sbx's module, then with jaxbn's in its place."""
+    _, ours = of_sbx()
+    import sbx
+    from sbx.crossq import policies
+
+    def agent():
+        arch = {"pi": [16], "qf": [32, 32]}
+        return sbx.CrossQ(
+            "MlpPolicy",
+            "Pendulum-v1",
+            learning_starts=20,
+            policy_kwargs={"net_arch": arch},
+            batch_size=16,
+            seed=0,
+        )
+
+    def value(model, stats=None):
+        state = model.policy.qf_state
+        variables = {"params": state.params, "batch_stats": stats or state.batch_stats}
+        return np.asarray(state.apply_fn(variables, states, actions, train=False))
+
+    states, actions = numbers((8, 3), "float32"), numbers((8, 1), "float32", 1)
+    theirs_ = agent()
+    theirs_.learn(60)
+    expected = value(theirs_)
+    moved, _ = crossq.to_jaxbn(theirs_.policy.qf_state.batch_stats)
+
+    monkeypatch.setattr(policies, "BatchRenorm", ours)
+    model = agent()
+    model.policy.qf_state = model.policy.qf_state.replace(
+        params=theirs_.policy.qf_state.params, batch_stats=moved
+    )
+    assert_close(value(model), expected, rtol=1e-5, atol=1e-5)
+    before = jax.tree.map(np.asarray, model.policy.qf_state.batch_stats)
+    model.learn(60)
+    after = model.policy.qf_state.batch_stats
+    assert jax.tree.structure(after) == jax.tree.structure(before)
+    layer = after["VmapCritic_0"]["BatchRenorm_0"]
+    assert int(layer["step"][0]) > int(
+        before["VmapCritic_0"]["BatchRenorm_0"]["step"][0]
+    )
+    assert np.all(np.isfinite(value(model)))
+    model.save(tmp_path / "crossq")
+    loaded = sbx.CrossQ.load(tmp_path / "crossq")
+    assert_close(value(loaded), value(model))
