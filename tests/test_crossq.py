@@ -1,11 +1,14 @@
 """Batch renormalization as reinforcement learners have it, and their checkpoints."""
 
+import family
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from data import assert_close, numbers
+from flax import nnx
 
 import jaxbn
 from jaxbn.interop import crossq
@@ -235,3 +238,68 @@ def test_sbx_trains_with_it_and_takes_its_own_state(monkeypatch, tmp_path):
     model.save(tmp_path / "crossq")
     loaded = sbx.CrossQ.load(tmp_path / "crossq")
     assert_close(value(loaded), value(model))
+
+
+TARGETS = {
+    **{name: case.make for name, case in family.CASES.items()},
+    "update_per_group": lambda: jaxbn.layers.ghost(num_groups=2, update_per_group=True),
+}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_target_network_goes_through_a_scan(name):
+    layer = TARGETS[name]()
+    state = layer.init(3)
+    given = (
+        family.inputs(family.CASES[name], jnp.float32) if name in family.CASES else {}
+    )
+
+    def step(carry, x):
+        (params, stats), target = carry
+        _, stats = layer.apply(params, stats, x, training=True, **given)
+        online = params, stats
+        target = jaxbn.interop.optax.incremental_update(online, target, 0.25)
+        return (online, target), None
+
+    x = numbers((3, 8, 3), "float32", mean=2.0)
+    (online, target), _ = jax.jit(lambda c, x: jax.lax.scan(step, c, x))(
+        (state, state), x
+    )
+    np.testing.assert_array_equal(target[1].step, online[1].step)
+    mean, moments = np.asarray(state[1].mean), state[1]
+    for batch in x:
+        _, moments = layer.apply(state[0], moments, batch, training=True, **given)
+        mean = mean + 0.25 * (np.asarray(moments.mean) - mean)
+    assert_close(target[1].mean, mean, rtol=1e-5, atol=1e-6)
+    layer.apply(*target, x[0], training=True, **given)  # And training goes on.
+
+
+@pytest.mark.parametrize("momentum", [0.9, jaxbn.debiased(0.9)], ids=["number", "step"])
+def test_target_networks_of_modules(momentum):
+    x = numbers((8, 3), "float32", mean=2.0)
+    layer = jaxbn.linen.BatchNorm(False, momentum=momentum)
+    old = layer.init(jax.random.key(0), x)
+    _, new = layer.apply(old, x, mutable=["batch_stats"])
+    got = jaxbn.interop.optax.incremental_update(old | new, old, 0.5)
+    same(jax.tree.map(jnp.zeros_like, got), jax.tree.map(jnp.zeros_like, old))
+    expected = optax.incremental_update(new["batch_stats"], old["batch_stats"], 0.5)
+    for leaf in ("mean", "var"):
+        assert_close(got["batch_stats"][leaf], expected[leaf], rtol=1e-6)
+    layer.apply(got, x, mutable=["batch_stats"])
+    online = jaxbn.nnx.BatchNorm(3, momentum=momentum, rngs=nnx.Rngs(0))
+    target = nnx.clone(online)
+    online(x)
+    state = jaxbn.interop.optax.incremental_update(
+        nnx.state(online), nnx.state(target), 0.5
+    )
+    nnx.update(target, state)
+    assert_close(target.mean[...], 0.5 * online.mean[...], rtol=1e-6)
+    if callable(momentum):
+        assert target.step[...] == online.step[...] == 1
+        assert target.step[...].dtype == jnp.int32
+    target(x)
+
+
+def test_a_step_size_out_of_range():
+    with pytest.raises(ValueError, match=r"`step_size` must be from 0 to 1, got 1\.5"):
+        jaxbn.interop.optax.incremental_update({}, {}, 1.5)

@@ -1,4 +1,4 @@
-"""For optimizers: which parameters weight decay applies to."""
+"""For optimizers and averages: which parameters decay, and states that are averaged."""
 
 import re
 from collections import defaultdict
@@ -6,6 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jaxbn import _dtypes
 
 # The names of norm parameters in Flax, Haiku, Keras and jaxbn's `conditional`.
 OF_NORMS = {"scale", "offset", "gamma", "beta", "scale_kernel", "bias_kernel"}
@@ -76,6 +81,56 @@ def weight_decay_mask(params: Any, *, biases: bool = False) -> Any:
         for names, kind in kinds
     ]
     return treedef.unflatten(decayed)
+
+
+def incremental_update(new: Any, old: Any, step_size: ArrayLike) -> Any:
+    """Moves a target network towards the network that is trained, counts included.
+
+        old + step_size · (new − old)       where numbers are not integers
+        new                                 where they are: `step`, a count
+
+    Like `optax.incremental_update`, for trees that hold running statistics. That one
+    makes a float of `step`, which a `scan` does not take back, and a fraction of a
+    count. Here every leaf keeps its dtype. The same serves an average of models.
+
+    The statistics of averaged weights are only near the averaged statistics: after
+    large steps, measure them anew (`jaxbn.population.recalibrate`).
+
+    Args:
+      new: A tree of arrays: parameters, `batch_stats`, states of layers.
+      old: The target, a tree of the same structure. In half precision small steps are
+        lost: keep it in float32.
+      step_size: The weight of `new`, from 0 to 1.
+
+    Returns:
+      A tree with the structure, shapes and dtypes of `old`.
+
+    Raises:
+      ValueError: `step_size` is not from 0 to 1, or the trees differ in structure.
+
+    Example:
+      >>> import jaxbn
+      >>> _, old = jaxbn.layers.standard().init(1)
+      >>> new = old._replace(mean=old.mean + 10, step=old.step + 7)
+      >>> target = jaxbn.interop.optax.incremental_update(new, old, 0.1)
+      >>> print(target.mean, target.step, target.step.dtype)
+      [1.] 7 int32
+
+    References:
+      https://optax.readthedocs.io/en/latest/api/apply_updates.html
+    """
+    share = _dtypes.known(step_size)
+    if share is not None and not np.all((share >= 0) & (share <= 1)):
+        raise ValueError(f"`step_size` must be from 0 to 1, got {step_size}.")
+
+    def moved(new: Any, old: Any) -> jax.Array:
+        new, old = jnp.asarray(new), jnp.asarray(old)
+        if not jnp.issubdtype(old.dtype, jnp.inexact):
+            return new.astype(old.dtype)
+        wide = _dtypes.widen(old)
+        return (wide + step_size * (new - wide)).astype(old.dtype)
+
+    return jax.tree.map(moved, new, old)
 
 
 def _kind(params: Any, path: tuple, leaf: Any) -> str:
