@@ -48,7 +48,7 @@ def concatenate(vectors: Sequence[jax.Array]) -> jax.Array:
 def split(array: jax.Array, ends: Sequence[int], axis: int) -> list[jax.Array]:
     """The parts of an array that end at `ends` along an axis."""
     if VERSION >= (0, 8):
-        return jnp.split(array, ends[:-1], axis)
+        return jnp.split(array, list(ends)[:-1], axis)
     # It has no derivative there if a part is unused.
     starts = (0, *ends)
     return [
