@@ -18,6 +18,8 @@ if not hasattr(jax, "enable_x64"):  # before 0.8
     from jax.experimental import enable_x64
 
     jax.enable_x64 = enable_x64
+if not hasattr(jax.lax, "pcast"):  # before 0.8
+    jax.lax.pcast = lambda array, names, *, to: jax.lax.pvary(array, names)
 
 
 class Missing:
