@@ -135,14 +135,9 @@ class Norm(NamedTuple):
         self, x: jax.Array, mean, var, affine: Affine, weights: Any = None
     ) -> jax.Array:
         """Normalizes `x` by other statistics. NaN with weight 0 reaches no gradient."""
-        axes, options = (
-            self.feature_axes,
-            {"epsilon": self.epsilon, "dtype": self.dtype},
-        )
+        options = {"epsilon": self.epsilon, "dtype": self.dtype, "weights": weights}
         vectors = mean, var, *affine
-        return normalize_given(
-            x, *vectors, feature_axes=axes, weights=weights, **options
-        )
+        return normalize_given(x, *vectors, feature_axes=self.feature_axes, **options)
 
     def infer(self, params: Params, state: RunningStats, x, weights) -> jax.Array:
         """Normalizes `x` by the running statistics."""
