@@ -101,6 +101,7 @@ docs: $(KERNELS)  ## Build the site, in out/docs. Warnings are errors.
 figures: $(INSTALLED)  ## Draw the pictures that the pages show.
 	$(BIN)/python examples/train_digits.py --out $(OUT) --figure docs/figures/digits.png
 	$(BIN)/python examples/small_batches.py --figure docs/figures/small_batches.png
+	$(BIN)/python examples/crossq.py --figure docs/figures/crossq.png
 	$(BIN)/python examples/covariate_shift.py --figure docs/figures/covariate_shift.png
 	$(BIN)/python examples/why_batch_norm.py --figures docs/figures
 	$(BIN)/python benchmarks/figures.py

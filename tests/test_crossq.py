@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import test_family_flax
 from data import assert_close, numbers
 from flax import nnx
 
 import jaxbn
 from jaxbn.interop import crossq
+from jaxbn.interop.optax import incremental_update
 
 LAYER = {"tracks": "var", "warm_up_steps": 2, "momentum": 0.9, "epsilon": 1e-3}
 
@@ -258,7 +260,7 @@ def test_a_target_network_goes_through_a_scan(name):
         (params, stats), target = carry
         _, stats = layer.apply(params, stats, x, training=True, **given)
         online = params, stats
-        target = jaxbn.interop.optax.incremental_update(online, target, 0.25)
+        target = incremental_update(online, target, 0.25)
         return (online, target), None
 
     x = numbers((3, 8, 3), "float32", mean=2.0)
@@ -275,31 +277,35 @@ def test_a_target_network_goes_through_a_scan(name):
 
 
 @pytest.mark.parametrize("momentum", [0.9, jaxbn.debiased(0.9)], ids=["number", "step"])
-def test_target_networks_of_modules(momentum):
+@pytest.mark.parametrize("name", test_family_flax.FAMILY)
+def test_target_networks_of_modules(name, momentum):
+    """The average of linen's variables and of nnx' state; training goes on with it."""
+    cls, _, options, given = test_family_flax.FAMILY[name]
+    options, average = {**options, "momentum": momentum}, incremental_update
     x = numbers((8, 3), "float32", mean=2.0)
-    layer = jaxbn.linen.BatchNorm(False, momentum=momentum)
-    old = layer.init(jax.random.key(0), x)
-    _, new = layer.apply(old, x, mutable=["batch_stats"])
-    got = jaxbn.interop.optax.incremental_update(old | new, old, 0.5)
+    layer = getattr(jaxbn.linen, cls)(False, **options)
+    old = layer.init(jax.random.key(0), x, **given)
+    _, new = layer.apply(old, x, mutable=["batch_stats"], **given)
+    got = average(old | new, old, 0.5)
     same(jax.tree.map(jnp.zeros_like, got), jax.tree.map(jnp.zeros_like, old))
     expected = optax.incremental_update(new["batch_stats"], old["batch_stats"], 0.5)
-    for leaf in ("mean", "var"):
-        assert_close(got["batch_stats"][leaf], expected[leaf], rtol=1e-6)
-    layer.apply(got, x, mutable=["batch_stats"])
-    online = jaxbn.nnx.BatchNorm(3, momentum=momentum, rngs=nnx.Rngs(0))
+    for leaf, value in expected.items():
+        if leaf == "step":
+            value = new["batch_stats"]["step"]
+        assert_close(got["batch_stats"][leaf], value, rtol=1e-6, atol=1e-7)
+    layer.apply(got, x, mutable=["batch_stats"], **given)
+
+    online = getattr(jaxbn.nnx, cls)(3, **options, rngs=nnx.Rngs(0))
     target = nnx.clone(online)
-    online(x)
-    state = jaxbn.interop.optax.incremental_update(
-        nnx.state(online), nnx.state(target), 0.5
-    )
-    nnx.update(target, state)
+    online(x, **given)
+    nnx.update(target, average(nnx.state(online), nnx.state(target), 0.5))
     assert_close(target.mean[...], 0.5 * online.mean[...], rtol=1e-6)
-    if callable(momentum):
-        assert target.step[...] == online.step[...] == 1
+    if getattr(target, "step", None) is not None:
+        np.testing.assert_array_equal(target.step[...], online.step[...])
         assert target.step[...].dtype == jnp.int32
-    target(x)
+    target(x, **given)
 
 
 def test_a_step_size_out_of_range():
     with pytest.raises(ValueError, match=r"`step_size` must be from 0 to 1, got 1\.5"):
-        jaxbn.interop.optax.incremental_update({}, {}, 1.5)
+        incremental_update({}, {}, 1.5)

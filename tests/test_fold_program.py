@@ -204,8 +204,9 @@ class Layers(nn.Module):
     def __call__(self, x):
         if self.kind == "dense":
             return norm_()(nn.Dense(5)(nn.relu(norm_()(nn.Dense(4)(x)))))
-        if self.kind == "renorm":
-            layer = jaxbn.linen.BatchRenorm(use_running_average=True)
+        if self.kind.startswith("renorm"):
+            tracks = "var" if self.kind == "renorm of variances" else "std"
+            layer = jaxbn.linen.BatchRenorm(use_running_average=True, tracks=tracks)
             return layer(nn.Dense(4)(x))
         if self.kind == "heads":
             return norm_(axis=(-2, -1))(nn.DenseGeneral((2, 4))(x))
@@ -226,7 +227,16 @@ class Layers(nn.Module):
         return norm_(**options.get(self.kind, {}))(x)
 
 
-KINDS = ("dense", "renorm", "heads", "features", "einsum", "grouped", "no scale")
+KINDS = (
+    "dense",
+    "renorm",
+    "renorm of variances",
+    "heads",
+    "features",
+    "einsum",
+    "grouped",
+    "no scale",
+)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "no bias", "strided", "transposed"])
