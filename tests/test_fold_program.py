@@ -17,6 +17,7 @@ from jax import lax
 
 import jaxbn
 from jaxbn.folding import fold, report
+from jaxbn.folding._structure import structure
 
 DN = ("NHWC", "HWIO", "NHWC")
 IMAGE = (2, 6, 6, 3)
@@ -652,3 +653,28 @@ def test_what_prints_still_prints(capfd):
     jax.effects_barrier()
     assert capfd.readouterr().out.count("mean") == 1
     assert report(f, AFTER, example()).folded
+
+
+def test_programs_are_equal_if_they_compute_the_same():
+    """What tells whether inputs of other shapes need other folded parameters."""
+
+    def of(f, *args):
+        return structure(jax.make_jaxpr(f)(*args))
+
+    def f(c, op=jnp.sin):
+        return lambda x: jax.jit(lambda x: op(x) * c)(x) + jax.nn.relu(x)
+
+    one = jnp.ones(3)
+    assert of(f(2.0), one) == of(f(2.0), one)
+    assert of(f(jnp.arange(3.0)), one) == of(f(jnp.arange(3.0)), one)
+    others = [
+        of(f(3.0), one),
+        of(f(2.0, jnp.cos), one),
+        of(f(2.0), jnp.ones(4)),
+        of(f(2.0), one.astype(jnp.bfloat16)),
+        of(lambda x: jnp.sin(x) * 2.0 + jax.nn.relu(x + 1), one),
+        of(f(jnp.arange(3.0)), one),
+    ]
+    assert all(of(f(2.0), one) != other for other in others)
+    assert of(f(jnp.arange(3.0)), one) != of(f(jnp.arange(3.0) + 1), one)
+    assert of(lambda x, y: x - y, one, one) != of(lambda x, y: y - x, one, one)
