@@ -180,12 +180,12 @@ def merge_moments(
         return *sums, _sums.weighted_sum(var, weights, features)
 
     parts = Batch(mean, features, weights, axis_name)
-    pooled = _pooled(parts, _checked_shift(shift, parts), central_sums)
+    whole = pooled(parts, _checked_shift(shift, parts), central_sums)
     if count.ndim == len(stacked):
-        return pooled._replace(count=pooled.count.reshape(()))
-    whole = jnp.broadcast_to(pooled.count, pooled.mean.shape)
-    same = tuple(range(count.ndim - len(stacked), whole.ndim))
-    return pooled._replace(count=jnp.max(whole, same, initial=0))
+        return whole._replace(count=whole.count.reshape(()))
+    counts = jnp.broadcast_to(whole.count, whole.mean.shape)
+    same = tuple(range(count.ndim - len(stacked), counts.ndim))
+    return whole._replace(count=jnp.max(counts, same, initial=0))
 
 
 def _leads(count: jax.Array, mean: jax.Array, stacked: tuple[int, ...]) -> bool:
@@ -218,6 +218,12 @@ class Batch(NamedTuple):
             count = count.reshape(())
         return count
 
+    @property
+    def total(self) -> jax.Array:
+        """The weighted sum on this device, as a constant."""
+        x = lax.stop_gradient(self.x)
+        return _sums.weighted_sum(x, self.weights, self.feature_axes)
+
     def all_sum(self, *sums: jax.Array) -> list[jax.Array]:
         """The sums over the devices, named for remat policies."""
         total = _devices.all_sum(sums, self.axis_name, self.axis_index_groups)
@@ -248,16 +254,16 @@ def moments_about(shift: ArrayLike | None, batch: Batch) -> Moments:
     if kernels and batch.axis_name is not None and shift is not None:
         kernels = _kernels.unless_for_accelerators(kernels)
     if not kernels:
-        return _pooled(batch, shift, _sums.central_sums)
+        return pooled(batch, shift, _sums.central_sums)
     known = _kernels.first_pass(batch.x, shift, batch.weights, kernels)
 
     def central_sums(x, center, weights, _):
         return _kernels.central_sums(x, center, known, weights, kernels)
 
-    return _pooled(batch, shift, central_sums, known.mean)
+    return pooled(batch, shift, central_sums, known.mean)
 
 
-def _pooled(
+def pooled(
     batch: Batch,
     shift: jax.Array | None,
     central_sums: Callable[..., tuple[jax.Array, ...]],
@@ -290,11 +296,7 @@ def _mean(batch: Batch, here: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     if here is not None and batch.axis_name is None:
         mean, count = batch.all_sum(here, count)
         return mean, count
-    if here is None:
-        x = lax.stop_gradient(batch.x)
-        total = _sums.weighted_sum(x, batch.weights, batch.feature_axes)
-    else:
-        total = count * here
+    total = batch.total if here is None else count * here
     total, count = batch.all_sum(total, count)
     return _sums.over(total, count), count
 
