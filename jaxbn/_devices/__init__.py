@@ -15,6 +15,7 @@ from jaxbn._devices.sharding import reshape_like as reshape_like
 from jaxbn._devices.sharding import shard_like as shard_like
 from jaxbn._devices.sharding import split_axis as split_axis
 from jaxbn._devices.sharding import stack as stack
+from jaxbn._devices.sharding import sum_rows as sum_rows
 from jaxbn._devices.sharding import take_rows as take_rows
 from jaxbn._devices.sharding import where as where
 from jaxbn._devices.sharding import whole_along_first as whole_along_first

@@ -1,5 +1,6 @@
 """Sharding of arrays on meshes with explicit axes, where it is part of the type."""
 
+import functools
 from math import prod
 
 import jax
@@ -111,3 +112,33 @@ def take_rows(table: jax.Array, index: jax.Array) -> jax.Array:
     # JAX cannot infer a gather's sharding next to manual axes: take all rows first.
     index = jax.sharding.reshard(index, rows.update(spec=P()))
     return jax.sharding.reshard(table.at[index].get(**options), like)
+
+
+def sum_rows(rows: jax.Array, index: jax.Array, count: int) -> jax.Array:
+    """The transpose of `take_rows`: a table of `count` rows, row k the sum of those of
+    `rows` whose index is k. Rows with any other index are in no sum.
+    """
+
+    def here(rows, index, names=()):
+        table = jnp.zeros((count, *rows.shape[1:]), rows.dtype)
+        options = {"mode": "drop", "wrap_negative_indices": False}
+        table = table.at[index].add(rows, **options)
+        return lax.psum(table, names) if names else table
+
+    sharding = jax.typeof(rows).sharding
+    along = jax.typeof(index).sharding.spec
+    if not any((*sharding.spec, *along)):
+        return here(rows, index)
+    # JAX has no scatter of sharded rows.
+    mesh = sharding.mesh if any(sharding.spec) else jax.typeof(index).sharding.mesh
+    if AxisType.Manual in mesh.axis_types:
+        whole = jax.sharding.reshard
+        return here(whole(rows, P()), whole(index, P()))
+    spec = [*sharding.spec, *[None] * (rows.ndim - len(sharding.spec))]
+    spec[0] = spec[0] or next(iter(along), None)
+    specs = P(*spec), P(spec[0])
+    placed = map(jax.sharding.reshard, (rows, index), specs)
+    names = as_names(spec[0])
+    local = functools.partial(here, names=names)
+    out = P(None, *spec[1:])
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out)(*placed)

@@ -1,25 +1,31 @@
 """Domain-specific batch norm: separate statistics for each kind of example."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxbn import _axes, _devices
-from jaxbn._moments import Moments, merge_moments
 from jaxbn._running_stats import Momentum, RunningStats, init_stats, update
+from jaxbn.layers._by_domain import (
+    Found,
+    found,
+    located,
+    normalized_by_domain,
+)
+from jaxbn.layers._domains import domains_of
 from jaxbn.layers._layer import (
+    Affine,
     Layer,
     Norm,
+    Params,
     affine,
     compose,
     factory,
     init_affine,
     require_count,
 )
-from jaxbn.layers._per_example import example_ids, example_moments
 
 
 @factory
@@ -107,10 +113,10 @@ def domain(
         params = init_affine(features, use_scale, use_bias, param_dtype)
         state = init_stats(features, dtype=stats_dtype)
 
-        def repeated(tree):
-            return jax.tree.map(lambda a: jnp.stack([a] * num_domains), tree)
-
-        return params if shared_affine else repeated(params), repeated(state)
+        stacked = functools.partial(
+            jax.tree.map, lambda a: jnp.stack([a] * num_domains)
+        )
+        return params if shared_affine else stacked(params), stacked(state)
 
     norm = Norm(
         feature_axes,
@@ -122,77 +128,38 @@ def domain(
         use_fast_variance,
     )
 
-    def located(x, domain_ids) -> tuple[tuple[int, ...], jax.Array]:
-        """The feature axes of x, and each example's domain."""
-        axes = _axes.canonical(feature_axes, x.ndim)
-        return axes, example_ids("domain_ids", domain_ids, x, axes)
+    def found_about(shift, x, weights, domain_ids) -> Found:
+        ids = located(norm, x, domain_ids)
+        return found(norm, x, weights, domains_of(ids, num_domains, axis_name), shift)
 
-    def pooled(state: RunningStats, x, weights, domain_ids, *, fast: bool) -> Moments:
-        axes, ids = located(x, domain_ids)
-        mean = norm.shift(state) if fast else None
-        m = example_moments(
-            x,
-            axes,
-            weights=weights,
-            shift=_of_each(mean, ids),
-            implementation=implementation,
-        )
-        return _of_domains(m, ids, num_domains, mean, axis_name)
+    def vectors(params: Params, own) -> Affine:
+        """Scale and bias: those of all domains, or what `own` takes from a table."""
+        return affine(params if shared_affine else jax.tree.map(own, dict(params)))
 
-    def normalized(params, table, x, weights, domain_ids) -> jax.Array:
-        """Normalizes each example by its domain's row of moments or statistics."""
-        _, ids = located(x, domain_ids)
-        vectors = affine(params)
-        if not shared_affine:
-            vectors = tuple(_of_each(v, ids) for v in vectors)
-        mean, var = _of_each(table.mean, ids), _of_each(table.var, ids)
-        return norm.by_stats(x, mean, var, vectors, weights)
+    def train_found(params, state: RunningStats, x, weights, domain_ids=None):
+        own = found_about(norm.shift(state), x, weights, domain_ids)
+        affine_ = vectors(params, own.domains.of_rows)
+        return normalized_by_domain(norm, x, own, affine_, weights), own
 
     def train(params, state: RunningStats, x, weights, domain_ids=None):
-        m = pooled(state, x, weights, domain_ids, fast=True)
-        return normalized(params, m, x, weights, domain_ids), m
+        y, own = train_found(params, state, x, weights, domain_ids)
+        return y, own.of_all_domains()
 
     def infer(params, state: RunningStats, x, weights, domain_ids=None):
-        return normalized(params, state, x, weights, domain_ids)
+        own = functools.partial(_devices.take_rows, index=located(norm, x, domain_ids))
+        mean, var = own(state.mean), own(state.var)
+        return norm.by_stats(x, mean, var, vectors(params, own), weights)
 
     def measure(state: RunningStats, x, weights, domain_ids=None):
-        return pooled(state, x, weights, domain_ids, fast=False)
+        return found_about(None, x, weights, domain_ids).of_all_domains()
 
     move = jax.vmap(functools.partial(update, momentum=momentum, unbiased=unbiased))
-    return compose(
-        init,
-        names,
-        norm,
-        train=train,
-        infer=infer,
-        measure=measure,
-        update=move,
-        inputs=("domain_ids",),
-    )
 
+    def composed(train, update) -> Layer:
+        options = {"infer": infer, "measure": measure, "inputs": ("domain_ids",)}
+        return compose(init, names, norm, train=train, update=update, **options)
 
-def _of_domains(
-    m: Moments,
-    ids: jax.Array,
-    num_domains: int,
-    mean: jax.Array | None,
-    axis_name: _devices.AxisName | None,
-) -> Moments:
-    """Pools moments of examples for each domain, about its running `mean` if any."""
-    own = jnp.expand_dims(ids, 1) == jnp.arange(num_domains).reshape(1, -1)
-    own = jnp.expand_dims(own, tuple(range(2, m.count.ndim + 1)))
-
-    def repeated(vectors: jax.Array) -> jax.Array:
-        """The vectors of each example, once for each domain."""
-        first, *rest = vectors.shape
-        shape = (first, num_domains, *rest)
-        return jnp.broadcast_to(jnp.expand_dims(vectors, 1), shape)
-
-    count = jnp.where(own, jnp.expand_dims(m.count, 1), 0)
-    parts = Moments(repeated(m.mean), repeated(m.var), count)
-    return merge_moments(parts, shift=mean, axis_name=axis_name)
-
-
-def _of_each(table: Any, ids: jax.Array) -> Any:
-    """One row of `table` per example; None stays None."""
-    return table if table is None else _devices.take_rows(table, ids)
+    # `forward` returns moments of all domains, which can be merged. `apply` can do
+    # without, and moves no more rows than there may be domains in the batch.
+    own = composed(train_found, lambda state, found: found.moved(state, move))
+    return composed(train, move)._replace(apply=own.apply)

@@ -37,6 +37,13 @@ def example_moments(
     return Moments(mean, var, jnp.moveaxis(m.count, place, 0))
 
 
+def has_one_position(x: jax.Array, feature_axes: tuple[int, ...]) -> bool:
+    """Whether an example has just one value for each feature, known when tracing."""
+    batch = _axes.batch_axis(feature_axes, x)
+    rest = _axes.others((batch, *feature_axes), x.ndim)
+    return all(isinstance(n, int) and n == 1 for n in _axes.lengths(x, rest))
+
+
 def positions(x: jax.Array, feature_axes: tuple[int, ...]) -> jax.Array:
     """The number of positions per feature in one example of `x`."""
     batch = _axes.batch_axis(feature_axes, x)
@@ -47,7 +54,7 @@ def positions(x: jax.Array, feature_axes: tuple[int, ...]) -> jax.Array:
 def example_ids(
     name: str, ids: ArrayLike | None, x: jax.Array, feature_axes: tuple[int, ...]
 ) -> jax.Array:
-    """Checks `ids` and returns one integer per example; a scalar is for all."""
+    """Checks `ids`: an integer for each example, or a scalar for all of them."""
     examples = x.shape[_axes.batch_axis(feature_axes, x)]
     if ids is None:
         raise TypeError(f"`{name}` is needed: an integer for each example.")
@@ -62,4 +69,4 @@ def example_ids(
             f"`{name}` has shape {ids.shape}, expected ({examples},): one for each "
             f"example of `x` (shape {x.shape}), or () for one that all have."
         )
-    return jnp.broadcast_to(ids, (examples,))
+    return ids
