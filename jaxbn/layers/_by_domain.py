@@ -61,11 +61,11 @@ class ByDomain(NamedTuple):
         if own.ndim == 0:
             shape = [1] * len(axes)
             shape[self.place] = x.shape[axes[self.place]]
-            return self.summed(jnp.broadcast_to(own, shape))
+            return self.summed(jnp.broadcast_to(own, shape))[0]
         if not self.has_own_weights:
             for i in range(len(axes)):
                 own = own if i == self.place else lax.slice_in_dim(own, 0, 1, axis=i)
-        return self.summed(own)
+        return self.summed(own)[0]
 
     @property
     def has_own_weights(self) -> bool:
@@ -80,58 +80,73 @@ class ByDomain(NamedTuple):
     @property
     def total(self) -> jax.Array:
         """The weighted sums on this device, as constants."""
-        return self.summed(self.examples.total)
+        return self.summed(self.examples.total)[0]
 
     def all_sum(self, *sums: jax.Array) -> list[jax.Array]:
         """The sums over the devices, named for remat policies."""
         return self.examples.all_sum(*sums)
 
-    def summed(self, vectors: jax.Array) -> jax.Array:
-        """The vectors of examples, added up for each domain."""
-        rows = jnp.moveaxis(vectors, self.place, 0)
-        return _devices.sum_rows(rows, self.domains.row, self.domains.rows)
+    def summed(self, *vectors: jax.Array) -> list[jax.Array]:
+        """Vectors of examples, added up for each domain."""
+        rows = [jnp.moveaxis(v, self.place, 0) for v in vectors]
+        row, count = self.domains.row, self.domains.rows
+        if len({r.dtype for r in rows}) > 1:
+            return [_devices.sum_rows(r, row, count) for r in rows]
+        # In one scatter, which is faster than one for each.
+        table = _devices.sum_rows(jnp.stack(rows, axis=1), row, count)
+        return [table[:, i] for i in range(len(rows))]
 
-    def of_examples(self, table: jax.Array) -> jax.Array:
-        """The vector of each example's domain."""
-        rows = _devices.take_rows(table, self.domains.row)
-        return jnp.moveaxis(rows, 0, self.place)
-
-    def central_sums(self, x, center, weights, feature_axes) -> tuple:
-        """`_sums.central_sums` about the centers of domains."""
-
-        def sums(x, center):
-            about = self.of_examples(center)
-            examples = _sums.central_sums(x, about, weights, feature_axes)
-            return tuple(map(self.summed, examples))
-
-        return jax.checkpoint(sums, prevent_cse=False)(x, center)
+    def of_examples(self, table: jax.Array, rows: jax.Array) -> jax.Array:
+        """The vectors of examples, which have these rows of a table."""
+        return jnp.moveaxis(_devices.take_rows(table, rows), 0, self.place)
 
     def moments(self, shift: jax.Array | None) -> Moments:
-        """The moments of each domain, about its row of `shift` if there is one."""
+        """The moments of the domains, about those of all domains if there are any."""
         kernels = self.examples.kernels
         if kernels and self.axis_name is not None and shift is not None:
             kernels = _kernels.unless_for_accelerators(kernels)
+        near = None if shift is None else self.domains.of_rows(shift)
+        central_sums, mean = self._sums_about(shift, near), None
         if kernels:
-            m = self._moments_by_kernels(shift, kernels)
-        else:
-            m = pooled(self, shift, self.central_sums)  # type: ignore  (as a `Batch`)
+            central_sums, mean = self._sums_by_kernels(shift, kernels)
+        m = pooled(self, near, central_sums, mean)  # type: ignore  (as a `Batch`)
         if self.has_own_weights:
             return m
         return m._replace(count=m.count.reshape(m.count.shape[:1]))
 
-    def _moments_by_kernels(self, shift, kernels: _kernels.Chosen) -> Moments:
-        x, weights = self.x, self.weights
-        near = None if shift is None else self.of_examples(shift)
+    def _sums_about(self, shift: jax.Array | None, near: jax.Array | None) -> Callable:
+        """`_sums.central_sums` for each domain. `near` are the rows of `shift`."""
+
+        def central_sums(x, center, weights, axes):
+            # Not by way of `near`: XLA computes a row of a row for every element.
+            given = center is near
+            table, rows = (
+                (shift, self.domains.ids) if given else (center, self.domains.row)
+            )
+
+            def sums(x, table):
+                centers = self.of_examples(table, rows)
+                return self.summed(*_sums.central_sums(x, centers, weights, axes))
+
+            return jax.checkpoint(sums, prevent_cse=False)(x, table)
+
+        return central_sums
+
+    def _sums_by_kernels(
+        self, shift: jax.Array | None, kernels: _kernels.Chosen
+    ) -> tuple[Callable, jax.Array]:
+        """The same by kernels, and the domains' means on this device."""
+        x, weights, domains = self.x, self.weights, self.domains
+        near = None if shift is None else self.of_examples(shift, domains.ids)
         known = _kernels.first_pass(x, near, weights, kernels)
 
         def central_sums(x, center, weights, _):
-            about = self.of_examples(center)
+            about = self.of_examples(center, domains.row)
             sums = _kernels.central_sums(x, about, known, weights, kernels)
-            return tuple(map(self.summed, sums))
+            return self.summed(*sums)
 
-        count = self.examples.count
-        mean = _sums.over(self.summed(count * known.mean), self.count)
-        return pooled(self, shift, central_sums, mean)  # type: ignore
+        (total,) = self.summed(self.examples.count * known.mean)
+        return central_sums, _sums.over(total, self.count)
 
 
 class Found(NamedTuple):
@@ -149,10 +164,18 @@ class Found(NamedTuple):
         return Moments(mean, *rest)
 
     def moved(self, state: RunningStats, move: Callable) -> RunningStats:
-        """The state, with the rows of these domains moved, and no others."""
-        own = self.domains
+        """The state, moved. Where rows are few, no others are touched."""
+        own, domains = self.domains, state.mean.shape[0]
+        # Rows can be stored in place if the state is donated; a scatter of many rows
+        # takes longer than to move them all.
+        if own.domain is None or 4 * own.rows > domains:
+            return move(state, self.of_all_domains())
         new = move(jax.tree.map(own.of_rows, state), self.moments)
-        return jax.tree.map(own.stored, state, new)
+
+        def stored(table, rows):
+            return table.at[own.domain].set(rows, mode="drop")
+
+        return jax.tree.map(stored, state, new)
 
 
 def located(norm: Norm, x: jax.Array, domain_ids: ArrayLike | None) -> jax.Array:
@@ -170,11 +193,11 @@ def found(
 ) -> Found:
     """The moments of a batch's domains, about their rows of the `shift` of all."""
     shift = _shift_table(shift, x)
-    own = None if shift is None else domains.of_rows(shift)
     if domains.row.ndim:
-        m = _batch_by_domain(norm, x, weights, domains).moments(own)
+        m = _batch_by_domain(norm, x, weights, domains).moments(shift)
         return Found(m, domains, shift)
-    m = moments_about(None if own is None else own[0], norm.batch(x, weights))
+    near = None if shift is None else domains.of_rows(shift)[0]
+    m = moments_about(near, norm.batch(x, weights))
     return Found(Moments(*(jnp.expand_dims(v, 0) for v in m)), domains, shift)
 
 
