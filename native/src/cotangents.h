@@ -6,55 +6,73 @@
 #include <cstdint>
 #include <vector>
 
+#include "columns.h"
 #include "parts.h"
 #include "row_sums.h"
+#include "slabs.h"
 
 namespace jaxbn {
 
+// Of some of the channels.
 struct CotangentSums {
   explicit CotangentSums(int64_t channels) : first(channels), second(channels) {}
+
+  // Those of a block, from some channel on.
+  void add(const double* more_first, const double* more_second, int64_t channels,
+           int64_t at = 0) {
+    for (int64_t c = 0; c < channels; ++c) {
+      first[at + c] += more_first[c];
+      second[at + c] += more_second[c];
+    }
+  }
+  void write(float* first_out, float* second_out) const {
+    std::copy(first.begin(), first.end(), first_out);
+    std::copy(second.begin(), second.end(), second_out);
+  }
 
   std::vector<double> first, second;
 };
 
 template <class DY, class X>
 CotangentSums cotangents_of_rows(const DY* dy, const X* x, const float* weights,
-                                 const float* mean, int64_t rows, int64_t channels) {
+                                 const float* mean, const Part& part,
+                                 Fold<kSplit<DY, X>>& fold) {
+  RowSums<kSplit<DY, X>> lanes(fold);
+  const auto [rows, channels, inner] = part.size;
+  const int64_t folds = fold.rows(), width = fold.width();
+  const int64_t stride = folds * part.row(), step = block_rows(width) * folds;
   CotangentSums total(channels);
-  RowSums<kSplit<DY, X>> lanes(channels, !weights);
-  const int64_t folds = lanes.fold.rows(), width = lanes.fold.width();
-  const int64_t step = block_rows(width) * folds;
   for (int64_t begin = 0; begin < rows; begin += step) {
     const int64_t size = std::min(step, rows - begin), whole = size / folds;
     const float* w = weights ? weights + begin : nullptr;
-    const DY* own_dy = dy + begin * channels;
-    const X* own_x = x + begin * channels;
+    const DY* own_dy = dy + begin * part.row();
+    const X* own_x = x + begin * part.row();
     lanes.sum(mean, [&](const float* center, float* first, float* second) {
-      add_rows(own_dy, own_x, w, whole, width, center, first, second);
+      add_rows(own_dy, own_x, w, whole, stride, width, center, first, second);
     });
-    for (int64_t i = whole * folds * channels; i < size * channels; ++i) {
-      const double d = widen(own_dy[i]);
-      lanes.first[i % channels] += d;
-      lanes.second[i % channels] += d * (widen(own_x[i]) - mean[i % channels]);
+    if (folds > 1) {  // Rows are whole.
+      for (int64_t i = whole * stride; i < size * part.row(); ++i) {
+        const int64_t c = i / inner % channels;
+        const double d = widen(own_dy[i]);
+        lanes.first[c] += d;
+        lanes.second[c] += d * (widen(own_x[i]) - mean[c]);
+      }
     }
-    for (int64_t c = 0; c < channels; ++c) {
-      total.first[c] += lanes.first[c];
-      total.second[c] += lanes.second[c];
-    }
+    total.add(lanes.first.data(), lanes.second.data(), channels);
   }
   return total;
 }
 
 template <class DY, class X>
 CotangentSums cotangents_of_slabs(const DY* dy, const X* x, const float* weights,
-                                  const float* mean, Shape shape) {
-  const auto [outer, channels, inner] = shape;
+                                  const float* mean, const Part& part) {
+  const auto [outer, channels, inner] = part.size;
   CotangentSums total(channels);
   for (int64_t a = 0; a < outer; ++a) {
-    const float* w = weights ? weights + a * inner : nullptr;
+    const float* w = weights ? weights + a * part.whole.inner : nullptr;
     for (int64_t c = 0; c < channels; ++c) {
-      const int64_t at = (a * channels + c) * inner;
-      Sums sums = sum_slab(dy + at, x + at, w, inner, mean[c]);
+      const int64_t at = a * part.row() + c * part.whole.inner;
+      const Sums sums = sum_slab(dy + at, x + at, w, inner, mean[c]);
       total.first[c] += sums.first;
       total.second[c] += sums.second;
     }
@@ -62,27 +80,62 @@ CotangentSums cotangents_of_slabs(const DY* dy, const X* x, const float* weights
   return total;
 }
 
+// Calls f(sums, tile) with all channels of a part, some at a time.
+template <class DY, class X, class F>
+void for_cotangents(const DY* dy, const X* x, const float* weights, const float* mean,
+                    const Part& part, F f) {
+  const float* w = part.own(weights);
+  if (are_rows(part.whole, weights)) {
+    constexpr bool split = kSplit<DY, X>;
+    constexpr int64_t lanes = kSumLanes<split>;
+    for_folds<split>(part, weights, lanes, kGroup, [&](auto& fold, auto& tile) {
+      const int64_t at = tile.begin();
+      const float* center = mean + tile.from.channels;
+      f(cotangents_of_rows(dy + at, x + at, w, center, tile, fold), tile);
+    });
+  } else {
+    part.for_tiles(kSlabs, [&](const Part& tile) {
+      const int64_t at = tile.begin();
+      const float* center = mean + tile.from.channels;
+      f(cotangents_of_slabs(dy + at, x + at, w, center, tile), tile);
+    });
+  }
+}
+
 // Σdy and Σdy·(x - mean), where x counts as the mean if it is not finite and of weight 0.
 template <class DY, class X, class Pool>
 void cotangents(const DY* dy, const X* x, const float* weights, const float* mean,
                 Shape shape, float* first, float* second, Pool& pool) {
   if (shape.channels == 0) return;
-  if (shape.inner == 0) shape.outer = 0;  // Nothing to read.
-  auto parts = in_parts(shape, 2, pool, [=](int64_t begin, Shape part) {
-    const int64_t at = begin * part.channels * part.inner;
-    const float* w = weights ? weights + begin * part.inner : nullptr;
-    if (part.inner != 1) return cotangents_of_slabs(dy + at, x + at, w, mean, part);
-    return cotangents_of_rows(dy + at, x + at, w, mean, part.outer, part.channels);
+  shape = simplified(shape);
+  const Grid grid(shape, 2, pool.num_threads());
+  if (are_few(shape, grid)) {
+    return parallel_for(pool, grid.parts(), [=](int64_t i) {
+      const Part part = grid.part(i);
+      const int64_t at = part.begin(), c = part.from.channels;
+      columns_of_cotangents(dy + at, x + at, weights, mean + c, part, first + c,
+                            second + c);
+    });
+  }
+  if (grid.layers() == 1) {
+    return parallel_for(pool, grid.parts(), [=](int64_t i) {
+      for_cotangents(dy, x, weights, mean, grid.part(i), [&](auto&& sums, auto&& tile) {
+        sums.write(first + tile.from.channels, second + tile.from.channels);
+      });
+    });
+  }
+  std::vector<CotangentSums> layers(grid.layers(), CotangentSums(shape.channels));
+  parallel_for(pool, grid.parts(), [=, &layers](int64_t i) {
+    for_cotangents(dy, x, weights, mean, grid.part(i), [&](auto&& sums, auto&& tile) {
+      layers[tile.layer].add(sums.first.data(), sums.second.data(), tile.size.channels,
+                             tile.from.channels);
+    });
   });
   CotangentSums total(shape.channels);
-  for (const CotangentSums& part : parts) {
-    for (int64_t c = 0; c < shape.channels; ++c) {
-      total.first[c] += part.first[c];
-      total.second[c] += part.second[c];
-    }
+  for (const CotangentSums& layer : layers) {
+    total.add(layer.first.data(), layer.second.data(), shape.channels);
   }
-  std::copy(total.first.begin(), total.first.end(), first);
-  std::copy(total.second.begin(), total.second.end(), second);
+  total.write(first, second);
 }
 
 }  // namespace jaxbn

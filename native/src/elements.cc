@@ -9,24 +9,28 @@ namespace {
 
 // Where the numbers of a channel are: each in its lane, or all the same.
 struct Lanes {
-  const float* vectors;
-  int64_t width;
+  static constexpr bool are_equal = false;
+
+  const float* const* vectors;
 
   JAXBN_INLINE Floats step(int vector, int64_t at) const {
-    return load<Floats>(vectors + vector * width + at);
+    return load<Floats>(vectors[vector] + at);
   }
   JAXBN_INLINE float one(int vector, int64_t at) const {
-    return vectors[vector * width + at];
+    return vectors[vector][at];
   }
 };
 
 struct Same {
-  const float* numbers;
+  static constexpr bool are_equal = true;
 
-  JAXBN_INLINE Floats step(int vector, int64_t) const {
-    return Floats{} + numbers[vector];
+  Floats lanes[kVectors];
+
+  JAXBN_INLINE explicit Same(const float* numbers) {
+    for (int v = 0; v < kVectors; ++v) lanes[v] = filled(numbers[v]);
   }
-  JAXBN_INLINE float one(int vector, int64_t) const { return numbers[vector]; }
+  JAXBN_INLINE Floats step(int vector, int64_t) const { return lanes[vector]; }
+  JAXBN_INLINE float one(int vector, int64_t) const { return lanes[vector][0]; }
 };
 
 // What weighs the part of dx that comes through the moments.
@@ -40,9 +44,11 @@ struct Unweighted {
 struct OneWeight {
   float weight;
 
-  template <class V>
-  JAXBN_INLINE V times(V through, int64_t) const {
-    return weight != 0 ? through * weight : V{};
+  JAXBN_INLINE float times(float through, int64_t) const {
+    return weight != 0 ? through * weight : 0;
+  }
+  JAXBN_INLINE Floats times(Floats through, int64_t) const {
+    return weight != 0 ? through * filled(weight) : Floats{};
   }
 };
 
@@ -54,7 +60,7 @@ struct EachWeight {
   }
   JAXBN_INLINE Floats times(Floats through, int64_t at) const {
     const Floats w = load<Floats>(weights + at);
-    return as<Floats>(as<Words>(through * w) & as<Words>(w != 0));
+    return only(where_not_zero(w), through * w);
   }
 };
 
@@ -90,20 +96,30 @@ JAXBN_INLINE void store_step(BFloat16* p, const Floats* v) {
 }
 
 template <bool split, bool kStream, class DY, class X, class Vectors, class Weights>
+JAXBN_INLINE void apply_step(int64_t at, const DY* dy, const X* x, Weights weights,
+                             const Vectors& vectors, X* dx) {
+  Floats v[2], c[2];
+  load_step<split>(x + at, v);
+  load_step<split>(dy + at, c);
+  for (int i = 0; i < 2; ++i) {
+    const int64_t lane = at + i * kWidth;
+    v[i] = (v[i] - vectors.step(0, lane)) * vectors.step(2, lane);
+    v[i] = weights.times(v[i] + vectors.step(3, lane), lane);
+    v[i] += c[i] * vectors.step(1, lane);
+  }
+  store_step<split, kStream>(dx + at, v);
+}
+
+// The last step may begin among elements that are known, if its lanes are in order.
+template <bool split, bool kStream, class DY, class X, class Vectors, class Weights>
 JAXBN_INLINE void apply(const DY* dy, const X* x, Weights weights, int64_t size,
-                        Vectors vectors, X* dx) {
+                        const Vectors& vectors, X* dx) {
   int64_t at = 0;
   for (; at + kStep <= size; at += kStep) {
-    Floats v[2], c[2];
-    load_step<split>(x + at, v);
-    load_step<split>(dy + at, c);
-    for (int i = 0; i < 2; ++i) {
-      const int64_t lane = at + i * kWidth;
-      v[i] = (v[i] - vectors.step(0, lane)) * vectors.step(2, lane);
-      v[i] = weights.times(v[i] + vectors.step(3, lane), lane);
-      v[i] += c[i] * vectors.step(1, lane);
-    }
-    store_step<split, kStream>(dx + at, v);
+    apply_step<split, kStream>(at, dy, x, weights, vectors, dx);
+  }
+  if ((!split || Vectors::are_equal) && at < size && size >= kStep) {
+    return apply_step<split, false>(size - kStep, dy, x, weights, vectors, dx);
   }
   for (; at < size; ++at) {
     const float delta = widen(x[at]) - vectors.one(0, at);
@@ -115,10 +131,11 @@ JAXBN_INLINE void apply(const DY* dy, const X* x, Weights weights, int64_t size,
 
 template <bool kStream, class DY, class X>
 JAXBN_INLINE void rows_of(const DY* dy, const X* x, const float* weights, int64_t rows,
-                          int64_t width, const float* vectors, X* dx) {
+                          int64_t stride, int64_t width, const float* const* vectors,
+                          X* dx) {
   constexpr bool split = kSplit<DY, X>;
-  const Lanes lanes{vectors, width};
-  for (int64_t r = 0, at = 0; r < rows; ++r, at += width) {
+  const Lanes lanes{vectors};
+  for (int64_t r = 0, at = 0; r < rows; ++r, at += stride) {
     if (!weights) {
       apply<split, kStream>(dy + at, x + at, Unweighted{}, width, lanes, dx + at);
     } else {
@@ -142,12 +159,12 @@ JAXBN_INLINE void slab_of(const DY* dy, const X* x, const float* weights, int64_
 // Templates cannot have clones.
 #define JAXBN_OF_ELEMENTS(DY, X, STREAM)                                              \
   JAXBN_CLONES void apply_rows(const DY* dy, const X* x, const float* weights,        \
-                               int64_t rows, int64_t width, const float* vectors,     \
-                               bool stream, X* dx) {                                  \
+                               int64_t rows, int64_t stride, int64_t width,           \
+                               const float* const* vectors, bool stream, X* dx) {     \
     if (STREAM && stream) {                                                           \
-      rows_of<STREAM>(dy, x, weights, rows, width, vectors, dx);                      \
+      rows_of<STREAM>(dy, x, weights, rows, stride, width, vectors, dx);              \
     } else {                                                                          \
-      rows_of<false>(dy, x, weights, rows, width, vectors, dx);                       \
+      rows_of<false>(dy, x, weights, rows, stride, width, vectors, dx);               \
     }                                                                                 \
   }                                                                                   \
   JAXBN_CLONES void apply_slab(const DY* dy, const X* x, const float* weights,        \

@@ -17,12 +17,13 @@ namespace jaxbn {
 // mean, k, c1 and c0, in this order.
 constexpr int kVectors = 4;
 
-// Rows have weights that are one a row, or null, and `width` lanes of each vector, in the
-// order of `element_of`. A slab is of one channel, with a number for each vector, and with
-// weights that are one an element.
+// Rows begin `stride` after each other. They have weights that are one a row, or null, and
+// `width` lanes of each vector, in the order of `element_of`. A slab is of one channel, with
+// a number for each vector, and with weights that are one an element.
 #define JAXBN_OF_ELEMENTS(DY, X)                                                      \
   void apply_rows(const DY* dy, const X* x, const float* weights, int64_t rows,       \
-                  int64_t width, const float* vectors, bool stream, X* dx);           \
+                  int64_t stride, int64_t width, const float* const* vectors,         \
+                  bool stream, X* dx);                                                \
   void apply_slab(const DY* dy, const X* x, const float* weights, int64_t size,       \
                   const float* numbers, bool stream, X* dx);
 

@@ -19,6 +19,8 @@
 #define JAXBN_CLONES
 #endif
 #define JAXBN_INLINE inline __attribute__((always_inline))
+// After a lambda's parameters: one that is not inlined is compiled for the oldest machine.
+#define JAXBN_INLINED __attribute__((always_inline))
 
 namespace jaxbn {
 
@@ -27,6 +29,13 @@ constexpr int64_t kStep = 2 * kWidth;  // Elements that are taken at once.
 
 typedef float Floats __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t Words __attribute__((vector_size(64), aligned(4)));
+// Half as many, which is what AVX2 has in a register. Of twice as many GCC makes good code
+// where they are added and multiplied. What is compared or carried through a loop, it keeps
+// in memory and takes apart.
+constexpr int64_t kHalf = kWidth / 2;
+typedef float HalfFloats __attribute__((vector_size(32), aligned(4)));
+typedef uint32_t HalfWords __attribute__((vector_size(32), aligned(4)));
+typedef uint16_t Quarters __attribute__((vector_size(16), aligned(2)));
 typedef uint16_t Halves __attribute__((vector_size(32), aligned(2)));
 
 // A bfloat16 is the upper half of a float32.
@@ -49,11 +58,67 @@ JAXBN_INLINE To load(const void* p) {
   return v;
 }
 
-JAXBN_INLINE void store(float* p, Floats v) { std::memcpy(p, &v, sizeof(v)); }
+template <class V>
+JAXBN_INLINE void store(float* p, V v) {
+  std::memcpy(p, &v, sizeof(v));
+}
+
+JAXBN_INLINE uint32_t as_bits(float x) { return as<uint32_t>(x); }
+JAXBN_INLINE HalfWords as_bits(HalfFloats v) { return as<HalfWords>(v); }
+JAXBN_INLINE Words as_bits(Floats v) { return as<Words>(v); }
 
 JAXBN_INLINE float widen(float x) { return x; }
 JAXBN_INLINE float widen(BFloat16 x) {
   return as<float>(static_cast<uint32_t>(x.bits) << 16);
+}
+
+JAXBN_INLINE Floats load_in_order(const float* p) { return load<Floats>(p); }
+JAXBN_INLINE Floats load_in_order(const BFloat16* p) {
+  return as<Floats>(__builtin_convertvector(load<Halves>(p), Words) << 16);
+}
+
+// One number, or several next to each other.
+template <class V>
+JAXBN_INLINE V load_as(const float* p) {
+  return load<V>(p);
+}
+template <class V>
+JAXBN_INLINE V load_as(const BFloat16* p) {
+  if constexpr (sizeof(V) == sizeof(float)) {
+    return widen(*p);
+  } else {
+    static_assert(sizeof(V) == sizeof(HalfFloats));
+    return as<V>(__builtin_convertvector(load<Quarters>(p), HalfWords) << 16);
+  }
+}
+
+// One number in all lanes.
+JAXBN_INLINE Floats filled(float x) {
+  HalfFloats halves[2];
+  for (HalfFloats& half : halves) half = HalfFloats{} + x;
+  return load<Floats>(halves);
+}
+
+// All bits where those of a word are not all 0. (See `HalfFloats` for why not `!= 0`.)
+template <class Bits>
+JAXBN_INLINE Bits where_any(Bits bits) {
+  return -((bits | -bits) >> 31);
+}
+
+// Of numbers that are not 0, and of finite ones.
+template <class V>
+JAXBN_INLINE auto where_not_zero(V v) {
+  return where_any(as_bits(v) << 1);
+}
+template <class V>
+JAXBN_INLINE auto where_finite(V v) {
+  return where_any((as_bits(v) & 0x7f800000u) ^ 0x7f800000u);
+}
+
+// v in some of the lanes, and 0 in the others.
+template <class V>
+JAXBN_INLINE V only(decltype(as_bits(V{})) where, V v) {
+  return as<V>(as_bits(v) & where);
 }
 
 // The bits of a float, or of several, rounded to those of the nearest bfloat16, and of two
@@ -83,8 +148,7 @@ constexpr bool kSplit = (std::is_same_v<Ts, BFloat16> && ...);
 template <bool split>
 JAXBN_INLINE void load_step(const float* p, Floats* v) {
   static_assert(!split);
-  v[0] = load<Floats>(p);
-  v[1] = load<Floats>(p + kWidth);
+  for (int i = 0; i < 2; ++i) v[i] = load_in_order(p + i * kWidth);
 }
 
 template <bool split>
@@ -94,10 +158,7 @@ JAXBN_INLINE void load_step(const BFloat16* p, Floats* v) {
     v[0] = as<Floats>(w << 16);
     v[1] = as<Floats>(w & 0xffff0000u);
   } else {
-    for (int i = 0; i < 2; ++i) {
-      Halves h = load<Halves>(p + i * kWidth);
-      v[i] = as<Floats>(__builtin_convertvector(h, Words) << 16);
-    }
+    for (int i = 0; i < 2; ++i) v[i] = load_in_order(p + i * kWidth);
   }
 }
 
