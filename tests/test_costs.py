@@ -110,6 +110,29 @@ def test_inference_reads_once_and_writes_once():
     assert compiled.cost_analysis()["bytes accessed"] / (4 * np.prod(SHAPE)) < 2.01
 
 
+@pytest.mark.parametrize(
+    ("shape", "option", "most"),
+    [
+        ((256, 128), {"example_weight": 0.1}, 1.1),
+        ((256, 128), {"pseudo_samples": 16.0}, 2.6),
+        ((32, 14, 14, 128), {"example_weight": 0.1}, 2.6),
+        ((32, 14, 14, 128), {"pseudo_samples": 16.0}, 2.6),
+    ],
+    ids=str,
+)
+def test_mixtures_move_little_more_than_plain_inference(shape, option, most):
+    """An example of one position is its own mean; else x is read twice more."""
+
+    def moved(**options):
+        layer = jaxbn.layers.standard(implementation="xla", **options)
+        given = layer.init(shape[-1])
+        infer = functools.partial(layer.apply, training=False)
+        compiled = jax.jit(lambda x: infer(*given, x)[0]).lower(struct(shape)).compile()
+        return compiled.cost_analysis()["bytes accessed"]
+
+    assert moved(**option) < most * moved()
+
+
 def test_gpus_normalize_in_one_operation_less():
     """So that XLA computes what follows anew from x, rather than store it."""
     x, vector = jnp.zeros((6, 5, 4)), jnp.ones(4)

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxbn import _devices, _dtypes
-from jaxbn._moments import Moments, merge_moments
-from jaxbn._running_stats import RunningStats
+from jaxbn import _dtypes, _sums
+from jaxbn._moments import Moments
+from jaxbn._running_stats import RunningStats, blended
 
 
 def mixture(stats: RunningStats, m: Moments, weight: ArrayLike) -> Moments:
@@ -26,17 +26,19 @@ def mixture(stats: RunningStats, m: Moments, weight: ArrayLike) -> Moments:
         )
     _dtypes.require_no_imaginary_loss("state.mean", stats.mean, "x", m.mean.dtype)
     count = jnp.expand_dims(m.count, tuple(range(m.count.ndim, m.mean.ndim)))
-    own = jnp.where(count > 0, jnp.asarray(weight, count.dtype), 0)
+    keep = 1 - jnp.asarray(weight, count.dtype)
+    mean, var = (
+        blended(_like(a, b), b, keep, count)
+        for a, b in ((stats.mean, m.mean), (stats.var, m.var))
+    )
+    between = _sums.squared(m.mean - _like(stats.mean, m.mean))
+    between = jnp.where(count > 0, keep * (1 - keep) * between, 0)
+    return Moments(mean, var + between, m.count)
 
-    def stacked(running, new) -> jax.Array:
-        new = _dtypes.widen(new, running)
-        running = jnp.broadcast_to(running, new.shape).astype(new.dtype)
-        return _devices.stack(running, new)
 
-    own = jnp.broadcast_to(own, m.mean.shape)
-    counts = jnp.stack([1 - own, own])
-    both = Moments(stacked(stats.mean, m.mean), stacked(stats.var, m.var), counts)
-    return merge_moments(both)._replace(count=m.count)
+def _like(vector: jax.Array, vectors: jax.Array) -> jax.Array:
+    """A feature vector, with the axes of vectors per example before its own."""
+    return jnp.expand_dims(vector, tuple(range(vectors.ndim - vector.ndim)))
 
 
 def prior_share(pseudo_samples: ArrayLike, samples: ArrayLike) -> jax.Array:

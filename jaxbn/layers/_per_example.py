@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxbn import _axes, _dtypes
-from jaxbn._moments import Moments, moments
+from jaxbn import _axes, _devices, _dtypes, _sums
+from jaxbn._moments import Batch, Moments, checked_batch, moments_about
 
 
 def example_moments(
@@ -18,23 +18,33 @@ def example_moments(
     shift: jax.Array | None = None,
     implementation: str | None = None,
 ) -> Moments:
-    """The moments of each example, stacked along a first axis, as is `shift`."""
-    batch = _axes.batch_axis(feature_axes, x)
-    axes = tuple(sorted((batch, *feature_axes)))
-    place = axes.index(batch)
-    if shift is not None:
-        shift = jnp.moveaxis(shift, 0, place)
-    m = moments(
-        x,
-        feature_axes=axes,
-        weights=weights,
-        shift=shift,
-        implementation=implementation,
-    )
+    """The moments of each example, stacked along a first axis.
+
+    `shift` is a feature vector near their means.
+    """
+    axis = _axes.batch_axis(feature_axes, x)
+    axes = tuple(sorted((axis, *feature_axes)))
+    place = axes.index(axis)
+    batch = checked_batch(x, axes, weights, None, None, implementation)
+    demanded = batch.kernels and batch.kernels.demanded
+    if has_one_position(x, feature_axes) and not demanded:
+        m = _of_one_position(batch)
+    else:
+        if shift is not None:
+            shift = _devices.repeat_along(shift, place, x, axis)
+        m = moments_about(shift, batch)
     mean, var = (jnp.moveaxis(v, place, 0) for v in (m.mean, m.var))
     if m.count.ndim == 0:
         return Moments(mean, var, jnp.broadcast_to(m.count, mean.shape[:1]))
     return Moments(mean, var, jnp.moveaxis(m.count, place, 0))
+
+
+def _of_one_position(batch: Batch) -> Moments:
+    """Moments of one value each: the values, and variances of 0."""
+    rest = _axes.others(batch.feature_axes, batch.x.ndim)
+    values = _sums.select(_dtypes.widen(batch.x), batch.weights, 0)
+    mean = jnp.squeeze(values, rest)
+    return Moments(mean, jnp.zeros_like(mean.real), batch.count)
 
 
 def has_one_position(x: jax.Array, feature_axes: tuple[int, ...]) -> bool:

@@ -22,7 +22,7 @@ def standard(
     epsilon: float = 1e-5,
     use_scale: bool = True,
     use_bias: bool = True,
-    use_fast_variance: bool = True,
+    use_fast_variance: bool | str = True,
     unbiased: bool = False,
     example_weight: float = 0.0,
     pseudo_samples: float | None = None,
@@ -59,7 +59,7 @@ def standard(
       use_bias: Whether `params` has an offset "bias" (β), initially 0.
       use_fast_variance: True passes the running mean as `shift`: one pass over `x`; the
         nearer the running mean, the more exact. False takes two passes and is exact
-        from the start.
+        from the start. The same holds for `pseudo_samples`.
       unbiased: Whether to track the variance times n/(n − 1).
       example_weight: α, from 0 to 1. In a training batch of m examples, each example
         contributes 1/m to the statistics that normalize it. An α of about 1/m brings
@@ -129,8 +129,11 @@ def standard(
             m = adapted(state, x, weights, pseudo_samples)
         elif example_weight:
             axes = _axes.canonical(feature_axes, x.ndim)
+            # At most half of the variance is the example's own: the rest outweighs
+            # what is lost about a running mean that is far from the example.
+            shift = state.mean if example_weight <= 0.5 else None
             own = example_moments(
-                x, axes, weights=weights, implementation=implementation
+                x, axes, weights=weights, shift=shift, implementation=implementation
             )
             m = mixture(state, own, example_weight)
         else:
@@ -138,7 +141,7 @@ def standard(
         return norm.by_stats(x, m.mean, m.var, affine(params), weights)
 
     def adapted(state: RunningStats, x, weights, prior: float) -> Moments:
-        m = norm.exact(state, x, weights)
+        m = norm.near(state, norm.batch(x, weights))
         n = m.count / positions(x, _axes.canonical(feature_axes, x.ndim))
         kept = prior_share(prior, n)
         old = lax.stop_gradient(state)
