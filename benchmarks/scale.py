@@ -1,6 +1,6 @@
 """How does a layer's cost grow with the batch, with the channels, and with devices?
 
-Prints three Markdown tables and writes JSON:
+Prints four Markdown tables and writes JSON:
 
     python benchmarks/scale.py
     python benchmarks/scale.py --gpu
@@ -9,6 +9,8 @@ Batch and channels: milliseconds of forward and backward in float32, at a fixed 
 of channels and of elements. Devices: how many all-reduces the compiled step issues and
 how many bytes they sum, its batch split over simulated devices under `jax.jit`; their
 times would say nothing, as they share one CPU.
+
+Shapes: the CPU kernels beside XLA, on every kind of shape (`_sweep`); not with `--gpu`.
 """
 
 import argparse
@@ -20,6 +22,8 @@ from _compiled import all_reduced, compile_for
 from _layers import LAYERS
 from _machine import keep_memory, warn_if_busy
 from _peers import NAMES, installed, make, step
+from _sweep import CHANNELS as SWEEP_CHANNELS
+from _sweep import HEAD, ROWS, cells, sweep
 from _tables import RESULTS, markdown, write
 from _timing import interleaved, quartiles
 from jax.extend import backend
@@ -76,8 +80,8 @@ def show(title: str, rows: list[dict]) -> None:
             return f"{value['count']}, {value['bytes']} B"
         return f"{value[1]:.3g}" if isinstance(value, list) else str(value)
 
-    cells = [map(cell, row.values()) for row in rows]
-    print(f"\n{title}\n\n{markdown(rows[0], cells)}", flush=True)
+    lines = [map(cell, row.values()) for row in rows]
+    print(f"\n{title}\n\n{markdown(rows[0], lines)}", flush=True)
 
 
 def parse() -> argparse.Namespace:
@@ -89,6 +93,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--elements", type=int, default=ELEMENTS)
     parser.add_argument("--devices", type=int, nargs="*", default=DEVICES)
     parser.add_argument("--libraries", nargs="+", default=LIBRARIES, choices=NAMES)
+    parser.add_argument("--sweep-rows", type=int, nargs="*", default=ROWS)
+    parser.add_argument("--sweep-channels", type=int, nargs="*", default=SWEEP_CHANNELS)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--malloc", choices=("keep", "default"), default="keep")
     parser.add_argument("--out", type=pathlib.Path)
@@ -117,8 +123,13 @@ def main() -> None:
     found = {k: [times(s, names, args.rounds) for s in v] for k, v in shapes.items()}
     for kind, rows in found.items():
         show(f"Milliseconds against {kind}", rows)
+    shapes = []
+    if installed(["jaxbn native"]):
+        shapes = sweep(args.sweep_rows, args.sweep_channels, args.rounds)
+        lines = markdown(HEAD, map(cells, shapes), left=4)
+        print(f"\nOf XLA's time, by shape\n\n{lines}", flush=True)
     options = {k: getattr(args, k) for k in ("rounds", "malloc", "gpu")}
-    write(args.out, options, devices=devices, **found)
+    write(args.out, options, devices=devices, **found, shapes=shapes)
 
 
 if __name__ == "__main__":
