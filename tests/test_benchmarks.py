@@ -27,7 +27,7 @@ RUNS = [
     (
         "scale",
         f"{SMALL} --batches 8 --channels 4 --elements 64 --devices 1 2 --out OUT "
-        "--libraries jaxbn linen",
+        "--libraries jaxbn linen --sweep-rows 1 6 --sweep-channels 4",
     ),
     ("scaling", ""),
     (

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType
 from jax.typing import DTypeLike
 
 from jaxbn import _axes, _devices, _dtypes, _sums
@@ -56,6 +57,8 @@ def choose(
     """The kernels, or None for XLA; raises if they are demanded but unavailable."""
     require_implementation(implementation)
     if implementation == "xla":
+        return None
+    if implementation is None and _has_nothing_to_sum(x, feature_axes, weights):
         return None
     chosen = Chosen(feature_axes, implementation == "native")
     return _unless(_obstacle(x, feature_axes, weights), chosen)
@@ -221,6 +224,17 @@ def _obstacle(x, feature_axes: FeatureAxes, weights) -> str | None:
     if not spread.is_possible(x):
         return "the axes of the mesh are of different kinds."
     return None
+
+
+def _has_nothing_to_sum(x, feature_axes: FeatureAxes, weights) -> bool:
+    """Whether each feature has one value, of which XLA makes one loop with the rest.
+
+    With one on each device there is a mean, about which only the kernels are exact.
+    """
+    reduced = _axes.lengths(x, _axes.others(feature_axes, x.ndim))
+    one = all(isinstance(n, int) and n == 1 for n in reduced)
+    manual = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
+    return one and weights is None and not manual
 
 
 @functools.cache
