@@ -26,13 +26,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn import _axes, _devices, _dtypes, _kernels, _sums
-from jaxbn._kernels import GPUS, Bound, Operation
 from jaxbn._normalize import (
     factors,
     normalize_masked,
     normalized,
     normalized_in_two_steps,
 )
+from jaxbn._operation import GPUS, Bound, Operation
 
 GPU_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -97,7 +97,7 @@ def _output(options: Options, x, scale, bias, given: Given) -> jax.Array:
         return options.normalize(x, scale, bias, given)
     ways = normalized, normalized_in_two_steps
     general, special = (Bound(_in_a_tuple, (options, way)) for way in ways)
-    (y,) = Operation(general, special, GPUS)(x, scale, bias, given)
+    (y,) = Operation(general, special, GPUS, mapped=True)(x, scale, bias, given)
     return y
 
 

@@ -11,6 +11,9 @@ replaced before any arithmetic, so NaN and Inf there have no effect.
 XLA's CPU compiler fuses an elementwise producer into a reduction only if nothing else
 uses it; otherwise it stores the whole array. Hence `x + (-center)` in one sum and
 `x - center` in the other: equal numbers, but two expressions.
+
+XLA's GPU compiler fuses by an estimate of the time, to which each use of an element
+adds. Two sums of the same elements are two uses, one complex sum is one (`both`).
 """
 
 from math import prod
@@ -21,6 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbn import _axes, _devices, _dtypes
+from jaxbn._operation import GPUS, Bound, Operation
 
 FeatureAxes = tuple[int, ...]
 INT32_MAX = 2**31 - 1
@@ -94,8 +98,8 @@ def central_sums(
     def sums(x, center):
         center = _axes.expand(center, feature_axes, x.ndim)
         x = select(_dtypes.widen(x), weights, center)
-        first = jnp.sum(times(x + (-center), weights), reduced)
-        return first, jnp.sum(times(squared(x - center), weights), reduced)
+        first = times(x + (-center), weights)
+        return both(first, times(squared(x - center), weights), reduced)
 
     return jax.checkpoint(sums, prevent_cse=False)(x, center)
 
@@ -104,8 +108,27 @@ def cotangent_sums(
     dy: jax.Array, delta: jax.Array, feature_axes: FeatureAxes
 ) -> tuple[jax.Array, jax.Array]:
     """Σdy and Σdy·δ."""
-    reduced = _axes.others(feature_axes, dy.ndim)
-    return jnp.sum(dy, reduced), jnp.sum(dy * delta, reduced)
+    return both(dy, dy * delta, _axes.others(feature_axes, dy.ndim))
+
+
+def both(
+    a: jax.Array, b: jax.Array, reduced: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """Σa and Σb; on GPUs one sum, of a + ib."""
+    if a.dtype != b.dtype or a.dtype not in (jnp.float32, jnp.float64):
+        return _in_two(reduced, a, b)
+    general, special = (Bound(form, (reduced,)) for form in (_in_two, _in_one))
+    first, second = Operation(general, special, GPUS, mapped=True)(a, b)
+    return first, second
+
+
+def _in_two(reduced: tuple[int, ...], a, b) -> tuple[jax.Array, jax.Array]:
+    return jnp.sum(a, reduced), jnp.sum(b, reduced)
+
+
+def _in_one(reduced: tuple[int, ...], a, b) -> tuple[jax.Array, jax.Array]:
+    total = jnp.sum(lax.complex(a, b), reduced)
+    return total.real, total.imag
 
 
 def input_cotangent(

@@ -9,7 +9,7 @@ import pytest
 from data import assert_close, numbers
 
 import jaxbn
-from jaxbn._kernels import operation
+from jaxbn import _operation as operation
 
 FORMS = ("vjp", "jvp")
 

@@ -1,8 +1,5 @@
 """CPU kernels for the sums, as operations in two forms."""
 
-from jaxbn._kernels.operation import GPUS as GPUS
-from jaxbn._kernels.operation import Bound as Bound
-from jaxbn._kernels.operation import Operation as Operation
 from jaxbn._kernels.sums import Chosen as Chosen
 from jaxbn._kernels.sums import central_sums as central_sums
 from jaxbn._kernels.sums import choose as choose

@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 
 from jaxbn import _axes, _devices, _dtypes, _sums
 from jaxbn._devices import spread
-from jaxbn._kernels.operation import CPU, Bound, Operation
+from jaxbn._operation import CPU, Bound, Operation
 
 FeatureAxes = tuple[int, ...]
 DTYPES = (jnp.float32, jnp.bfloat16)

@@ -37,12 +37,15 @@ class Operation(NamedTuple):
     """Both forms: functions of the same arrays that return the same tuple of arrays.
 
     They must be hashable. `demanded` makes lowering for other platforms an error.
+    `mapped` says that `jax.vmap` can map the special form as well; otherwise it maps
+    the general one alone.
     """
 
     general: Callable
     special: Callable
     platforms: tuple[str, ...]
     demanded: bool = False
+    mapped: bool = False
 
     def __call__(self, *operands: Any) -> tuple:
         """Runs the operation. Operands may be None."""
@@ -54,6 +57,7 @@ class Operation(NamedTuple):
             special=_traced(self.special, tree, *where),
             platforms=self.platforms,
             demanded=self.demanded,
+            mapped=self.mapped,
         )
         return tuple(out)
 
@@ -85,7 +89,7 @@ def _impl(*leaves, **params):
 
 
 @functools.partial(
-    jax.jit, static_argnames=("general", "special", "platforms", "demanded")
+    jax.jit, static_argnames=("general", "special", "platforms", "demanded", "mapped")
 )
 def _run(*leaves, **params):
     # Not traced under `jax.disable_jit`, nor when `jax_debug_nans` searches for a NaN.
@@ -114,17 +118,49 @@ def _jvp(primals, tangents, general: ClosedJaxpr, **params):
     return _operation.bind(*primals, general=general, **params), out
 
 
-def _batch(leaves, axes, general: ClosedJaxpr, demanded: bool, **params):
+def _transpose(cotangents, *leaves, general: ClosedJaxpr, **params):
+    linear = [i for i, leaf in enumerate(leaves) if ad.is_undefined_primal(leaf)]
+
+    def along(*values):
+        every = list(leaves)
+        for i, value in zip(linear, values, strict=True):
+            every[i] = value
+        return jaxpr_as_fun(general)(*every)
+
+    avals = [leaves[i].aval for i in linear]
+    given = [ad.instantiate_zeros(cotangent) for cotangent in cotangents]
+    found = dict(zip(linear, jax.linear_transpose(along, *avals)(given), strict=True))
+    return [found.get(i) for i in range(len(leaves))]
+
+
+def _batch(leaves, axes, general, special, demanded: bool, mapped: bool, **params):
     if demanded:
         raise NotImplementedError(
             "`implementation` is 'native', but the kernels cannot be used under "
             "`jax.vmap`. Leave it out to have XLA compute there."
         )
-    out = jax.vmap(jaxpr_as_fun(general), axes)(*leaves)
-    return out, [0] * len(out)
+    general, special = (
+        Bound(_mapped, (form, tuple(axes))) for form in (general, special)
+    )
+    out = Operation(general, special, mapped=True, **params) if mapped else general
+    found = out(*leaves)
+    return found, [0] * len(found)
 
 
-def _lower(ctx, *leaves, platform: str | None, general, special, platforms, demanded):
+def _mapped(form: ClosedJaxpr, axes: tuple, *leaves) -> tuple:
+    return tuple(jax.vmap(jaxpr_as_fun(form), axes)(*leaves))
+
+
+def _lower(
+    ctx,
+    *leaves,
+    platform: str | None,
+    general,
+    special,
+    platforms,
+    demanded,
+    mapped,
+):
     chosen = platform in platforms
     if demanded and not chosen:
         raise NotImplementedError(
@@ -137,6 +173,7 @@ def _lower(ctx, *leaves, platform: str | None, general, special, platforms, dema
 
 
 ad.primitive_jvps[_operation] = _jvp
+ad.primitive_transposes[_operation] = _transpose
 batching.primitive_batchers[_operation] = _batch
 for _platform in (None, *PLATFORMS):
     _rule = functools.partial(_lower, platform=_platform)
