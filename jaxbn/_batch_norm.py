@@ -5,7 +5,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn import _axes, _devices, _dtypes, _kernels, _rules
-from jaxbn._moments import Batch, Moments, checked_batch, moments_about
+from jaxbn._moments import Batch, Moments, checked_batch, moments_about, shift_named
 from jaxbn._normalize import checked_epsilon, optional_vector
 
 
@@ -18,7 +18,7 @@ def batch_norm(
     feature_axes: _axes.Axes = -1,
     epsilon: ArrayLike = 1e-5,
     weights: ArrayLike | None = None,
-    shift: ArrayLike | None = None,
+    shift: ArrayLike | str | None = None,
     axis_name: _devices.AxisName | None = None,
     axis_index_groups: _devices.Groups | None = None,
     dtype: DTypeLike | None = None,
@@ -44,7 +44,7 @@ def batch_norm(
       weights: As for `moments`. They only affect the statistics; all of `x` is
         normalized. NaN and infinity where the weight is 0 stay in y, but do not reach
         the gradient of a loss that leaves these positions out.
-      shift: As for `moments`. A running mean saves one pass over `x`.
+      shift: As for `moments`. A running mean, or "sample", saves one pass over `x`.
       axis_name: As for `moments`.
       axis_index_groups: As for `moments`.
       dtype: The output's dtype, by default the dtype of `x`. May be complex for real
@@ -86,7 +86,7 @@ def batch_norm(
     over = axis_name, axis_index_groups
     batch = checked_batch(x, feature_axes, weights, *over, implementation)
     _require_no_demand(batch, scale=scale, bias=bias)
-    m = moments_about(shift, batch)
+    m = moments_about(shift_named(shift), batch)
     options = {"epsilon": epsilon, "dtype": dtype, "derivatives": derivatives}
     return normalize_batch(batch, m, scale, bias, **options), m
 

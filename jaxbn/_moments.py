@@ -9,7 +9,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from jaxbn import _axes, _devices, _dtypes, _kernels, _sums
+from jaxbn import _axes, _devices, _dtypes, _kernels, _sample, _sums
 
 
 class Moments(NamedTuple):
@@ -38,7 +38,7 @@ def moments(
     *,
     feature_axes: _axes.Axes = -1,
     weights: ArrayLike | None = None,
-    shift: ArrayLike | None = None,
+    shift: ArrayLike | str | None = None,
     axis_name: _devices.AxisName | None = None,
     axis_index_groups: _devices.Groups | None = None,
     implementation: str | None = None,
@@ -62,10 +62,13 @@ def moments(
         the mean (such as a running mean), reads `x` once; the nearer, the more exact:
         the relative error of the variance grows as 1 + ((shift − mean) / std)². It must
         be the same on all devices of `axis_name` (of each group, if there are groups).
-        Entries that are not finite count as 0. Gradients stop at the shift.
+        Entries that are not finite count as 0. Gradients stop at the shift. "sample"
+        takes it from the batch: the median of the means of three samples, of up to
+        16 positions each. This also reads `x` once; it is inexact only where whole samples
+        are outliers, or where the mask leaves none of their positions.
       axis_name: Name or names of mapped axes (`jax.shard_map`, `jax.pmap`, `jax.vmap`)
-        to sum over. With a shift this takes one all-reduce; without one, or with the
-        CPU kernels, two.
+        to sum over. With an array as `shift` this takes one all-reduce; without one,
+        with "sample", or with the CPU kernels, two.
       axis_index_groups: Groups of indices that partition the one named axis; each group
         then has its own moments.
       implementation: How the sums are computed. None uses the kernels of jaxbn-cpu if
@@ -101,7 +104,7 @@ def moments(
     """
     over = axis_name, axis_index_groups
     batch = checked_batch(x, feature_axes, weights, *over, implementation)
-    return moments_about(shift, batch)
+    return moments_about(shift_named(shift), batch)
 
 
 @_dtypes.mixing
@@ -248,9 +251,18 @@ def checked_batch(
     return Batch(x, axes, weights, axis_name, groups, kernels)
 
 
-def moments_about(shift: ArrayLike | None, batch: Batch) -> Moments:
+class Sampled(NamedTuple):
+    """A shift that is taken from the batch; `otherwise` if it has no sample."""
+
+    otherwise: jax.Array | None = None
+
+
+Shift = ArrayLike | Sampled | None
+
+
+def moments_about(shift: Shift, batch: Batch) -> Moments:
     """`moments` of a checked batch."""
-    shift, kernels = _checked_shift(shift, batch), batch.kernels
+    shift, kernels = _shift_of(shift, batch), batch.kernels
     if kernels and batch.axis_name is not None and shift is not None:
         kernels = _kernels.unless_for_accelerators(kernels)
     if not kernels:
@@ -325,6 +337,29 @@ def whole_count(m: Moments) -> jax.Array:
     mean, count = jnp.asarray(m.mean), jnp.asarray(m.count)
     count = jnp.expand_dims(count, tuple(range(count.ndim, mean.ndim)))
     return _devices.shard_like(jnp.broadcast_to(count, mean.shape), mean)
+
+
+def shift_named(shift: ArrayLike | str | None) -> Shift:
+    """What users pass as `shift`: "sample" is a `Sampled`."""
+    if not isinstance(shift, str):
+        return shift
+    if shift != "sample":
+        raise ValueError(
+            f"`shift` must be an array, 'sample' or None, got {shift!r}. 'sample' takes "
+            "it from the batch."
+        )
+    return Sampled()
+
+
+def _shift_of(shift: Shift, batch: Batch) -> jax.Array | None:
+    if not isinstance(shift, Sampled):
+        return _checked_shift(shift, batch)
+    x, weights = lax.stop_gradient((batch.x, batch.weights))
+    sums, sizes = _sample.sample_sums(x, weights, batch.feature_axes)
+    if batch.axis_name is not None:
+        sums, sizes = batch.all_sum(sums, sizes)
+    found = _sample.median_of_means(sums, sizes, _checked_shift(shift.otherwise, batch))
+    return _checked_shift(found, batch)
 
 
 def _checked_shift(shift: ArrayLike | None, batch: Batch) -> jax.Array | None:

@@ -10,6 +10,7 @@ from jaxbn._devices.names import axis_size as axis_size
 from jaxbn._devices.names import hashable as hashable
 from jaxbn._devices.names import require_bound as require_bound
 from jaxbn._devices.sharding import alike as alike
+from jaxbn._devices.sharding import parts_along as parts_along
 from jaxbn._devices.sharding import repeat_along as repeat_along
 from jaxbn._devices.sharding import reshape_like as reshape_like
 from jaxbn._devices.sharding import shard_like as shard_like

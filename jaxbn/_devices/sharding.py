@@ -87,6 +87,14 @@ def repeat_along(
     )
 
 
+def parts_along(array: jax.Array, axis: int) -> int:
+    """In how many parts the type says that an axis is split, on explicit meshes."""
+    sharding = jax.typeof(array).sharding
+    names = sharding.spec[axis] if axis < len(sharding.spec) else None
+    names = names if isinstance(names, tuple) else (names,)
+    return prod(sharding.mesh.shape[name] for name in names if name is not None)
+
+
 def whole_along_first(array: jax.Array) -> jax.Array:
     """Unshards the first axis of `array`, on explicit meshes, for a scan."""
     sharding = jax.typeof(array).sharding

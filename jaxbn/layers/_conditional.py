@@ -32,7 +32,7 @@ def conditional(
     epsilon: float = 1e-5,
     use_scale: bool = True,
     use_bias: bool = True,
-    use_fast_variance: bool = True,
+    use_fast_variance: bool | str = True,
     unbiased: bool = False,
     axis_name: _devices.AxisName | None = None,
     axis_index_groups: _devices.Groups | None = None,
@@ -63,7 +63,7 @@ def conditional(
       epsilon: Added to the variance.
       use_scale: Whether there is a scale.
       use_bias: Whether there is a bias.
-      use_fast_variance: Whether to pass the running mean as `shift`.
+      use_fast_variance: As for `standard`.
       unbiased: Whether to track the variance times n/(n − 1).
       axis_name: Name or names of mapped axes to compute statistics over.
       axis_index_groups: Groups of indices of that axis.

@@ -15,6 +15,7 @@ from jaxbn.layers._by_domain import (
     normalized_by_domain,
 )
 from jaxbn.layers._domains import domains_of
+from jaxbn.layers._fast_variance import RUNNING_MEAN, chosen
 from jaxbn.layers._layer import (
     Affine,
     Layer,
@@ -38,7 +39,7 @@ def domain(
     epsilon: float = 1e-5,
     use_scale: bool = True,
     use_bias: bool = True,
-    use_fast_variance: bool = True,
+    use_fast_variance: bool | str = True,
     unbiased: bool = False,
     axis_name: _devices.AxisName | None = None,
     dtype: DTypeLike | None = None,
@@ -70,7 +71,8 @@ def domain(
       epsilon: Added to the variance.
       use_scale: Whether `params` has a factor "scale".
       use_bias: Whether `params` has an offset "bias".
-      use_fast_variance: Whether to pass each domain's running mean as `shift`.
+      use_fast_variance: True and "running_mean" pass each domain's running mean as
+        `shift`; False and "sample" take two passes.
       unbiased: Whether to track the variance times n/(n − 1), with each domain's n.
       axis_name: Name or names of mapped axes to compute statistics over.
       dtype: The output's dtype, by default the dtype of `x`.
@@ -137,7 +139,10 @@ def domain(
         return affine(params if shared_affine else jax.tree.map(own, dict(params)))
 
     def train_found(params, state: RunningStats, x, weights, domain_ids=None):
-        own = found_about(norm.shift(state), x, weights, domain_ids)
+        # A sample may have nothing of a domain.
+        about = chosen(use_fast_variance, split=True)
+        near = state.mean if about == RUNNING_MEAN else None
+        own = found_about(near, x, weights, domain_ids)
         affine_ = vectors(params, own.domains.of_rows)
         return normalized_by_domain(norm, x, own, affine_, weights), own
 

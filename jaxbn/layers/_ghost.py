@@ -6,7 +6,13 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxbn import _axes, _devices, _dtypes
-from jaxbn._moments import Moments, checked_batch, merge_moments, moments_about
+from jaxbn._moments import (
+    Moments,
+    Sampled,
+    checked_batch,
+    merge_moments,
+    moments_about,
+)
 from jaxbn._running_stats import Momentum, RunningStats, update
 from jaxbn.layers._ghost_groups import GhostGroups, ghost_groups
 from jaxbn.layers._layer import (
@@ -32,7 +38,7 @@ def ghost(
     epsilon: float = 1e-5,
     use_scale: bool = True,
     use_bias: bool = True,
-    use_fast_variance: bool = True,
+    use_fast_variance: bool | str = True,
     unbiased: bool = False,
     axis_name: _devices.AxisName | None = None,
     dtype: DTypeLike | None = None,
@@ -66,7 +72,7 @@ def ghost(
       epsilon: Added to the variance.
       use_scale: Whether `params` has a factor "scale".
       use_bias: Whether `params` has an offset "bias".
-      use_fast_variance: Whether to pass the running mean as `shift`.
+      use_fast_variance: As for `standard`.
       unbiased: Whether to track the variance times n/(n − 1). Here n is the size of the
         whole batch, or of a group with `update_per_group`.
       axis_name: Name or names of mapped axes that the batch is split over.
@@ -120,13 +126,18 @@ def ghost(
         over = groups.axis_name, groups.axis_index_groups
         axes = groups.feature_axes
         batch = checked_batch(split, axes, weights, *over, implementation)
-        m = moments_about(groups.repeat(norm.shift(state), split), batch)
+        near = norm.shift(state)
+        if isinstance(near, Sampled):
+            shift = Sampled(groups.repeat(near.otherwise, split))
+        else:
+            shift = groups.repeat(near, split)
+        m = moments_about(shift, batch)
         scale, bias = (groups.repeat(v, split) for v in affine(params))
         y = norm.by_moments(batch, m, (scale, bias), derivatives)
         m, over = _of_all_groups(m, groups, axis_name, gather=update_per_group)
         if not update_per_group:
             # A shift saves a collective, but costs digits if it is far from the mean.
-            shift = None if batch.kernels else norm.shift(state)
+            shift = None if batch.kernels or isinstance(near, Sampled) else near
             m = merge_moments(m, shift=shift, axis_name=over)
         return _devices.reshape_like(y, x), m
 

@@ -26,7 +26,7 @@ def in_place(
     epsilon: float = 1e-5,
     use_scale: bool = True,
     use_bias: bool = True,
-    use_fast_variance: bool = True,
+    use_fast_variance: bool | str = True,
     unbiased: bool = False,
     axis_name: _devices.AxisName | None = None,
     axis_index_groups: _devices.Groups | None = None,
@@ -64,7 +64,7 @@ def in_place(
       epsilon: Added to the variance, and to |scale|.
       use_scale: Whether `params` has a factor "scale".
       use_bias: Whether `params` has an offset "bias".
-      use_fast_variance: Whether to pass the running mean as `shift`.
+      use_fast_variance: As for `standard`.
       unbiased: Whether to track the variance times n/(n − 1).
       axis_name: Name or names of mapped axes to compute statistics over.
       axis_index_groups: Groups of indices of that axis.

@@ -12,9 +12,16 @@ from jax.typing import DTypeLike
 
 from jaxbn import _axes, _devices, _dtypes
 from jaxbn._batch_norm import normalize_batch
-from jaxbn._moments import Batch, Moments, checked_batch, moments_about
+from jaxbn._moments import (
+    Batch,
+    Moments,
+    Sampled,
+    checked_batch,
+    moments_about,
+)
 from jaxbn._normalize import normalize_given
 from jaxbn._running_stats import RunningStats, init_stats
+from jaxbn.layers._fast_variance import SAMPLE, chosen
 from jaxbn.layers._made import Function, Made, signature
 
 Params = dict[str, jax.Array]
@@ -105,19 +112,22 @@ class Norm(NamedTuple):
     axis_name: _devices.AxisName | None
     axis_index_groups: _devices.Groups | None
     implementation: str | None
-    use_fast_variance: bool
+    use_fast_variance: bool | str
 
     def batch(self, x: jax.Array, weights: Any) -> Batch:
         """Checks the arguments and makes a batch of them."""
         over = self.axis_name, self.axis_index_groups
         return checked_batch(x, self.feature_axes, weights, *over, self.implementation)
 
-    def shift(self, state: Any) -> jax.Array | None:
-        """The running mean if `use_fast_variance`, else None."""
-        return state.mean if self.use_fast_variance else None
+    def shift(self, state: Any) -> jax.Array | Sampled | None:
+        """What sums are taken about, by `use_fast_variance`; None for two passes."""
+        how = chosen(self.use_fast_variance, split=self.axis_name is not None)
+        if how == SAMPLE:
+            return Sampled(state.mean)
+        return state.mean if how else None
 
     def near(self, state: Any, batch: Batch) -> Moments:
-        """Moments about the running mean if `use_fast_variance`, else exact ones."""
+        """Moments about that shift."""
         return moments_about(self.shift(state), batch)
 
     def exact(self, state: Any, x: jax.Array, weights: Any, **_: Any) -> Moments:

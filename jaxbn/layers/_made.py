@@ -14,6 +14,7 @@ from jaxbn import _axes, _dtypes, _kernels
 from jaxbn._batch_norm import require_derivatives
 from jaxbn._normalize import checked_epsilon
 from jaxbn._running_stats import require_momentum
+from jaxbn.layers._fast_variance import require_fast_variance
 
 signature = functools.cache(inspect.signature)
 REQUIRE = {
@@ -22,6 +23,7 @@ REQUIRE = {
     "derivatives": require_derivatives,
     "implementation": _kernels.require_implementation,
     "feature_axes": lambda axes: _axes.integers(axes, "feature_axes"),
+    "use_fast_variance": require_fast_variance,
     "dtype": lambda dtype: dtype is None or _dtypes.checked("dtype", dtype),
     "param_dtype": functools.partial(_dtypes.checked, "param_dtype"),
     "stats_dtype": functools.partial(_dtypes.checked, "stats_dtype"),

@@ -60,7 +60,7 @@ def renorm(
     epsilon: float = 1e-5,
     use_scale: bool = True,
     use_bias: bool = True,
-    use_fast_variance: bool = True,
+    use_fast_variance: bool | str = True,
     axis_name: _devices.AxisName | None = None,
     axis_index_groups: _devices.Groups | None = None,
     dtype: DTypeLike | None = None,
@@ -102,7 +102,7 @@ def renorm(
       epsilon: Added to the variance.
       use_scale: Whether `params` has a factor "scale".
       use_bias: Whether `params` has an offset "bias".
-      use_fast_variance: Whether to pass the running mean as `shift`.
+      use_fast_variance: As for `standard`.
       axis_name: Name or names of mapped axes to compute statistics over.
       axis_index_groups: Groups of indices of that axis.
       dtype: The output's dtype, by default the dtype of `x`.

@@ -57,9 +57,11 @@ def standard(
       epsilon: Added to the variance.
       use_scale: Whether `params` has a factor "scale" (γ), initially 1.
       use_bias: Whether `params` has an offset "bias" (β), initially 0.
-      use_fast_variance: True passes the running mean as `shift`: one pass over `x`; the
-        nearer the running mean, the more exact. False takes two passes and is exact
-        from the start. The same holds for `pseudo_samples`.
+      use_fast_variance: The `shift` of the sums, as for `moments`. "sample" is exact
+        from the first step, and takes one small all-reduce more on a batch that is
+        split over devices. "running_mean" is the more exact the nearer it is. True
+        chooses "running_mean" if `axis_name` is given, else "sample". All of them read
+        `x` once; False takes two passes. The same holds for `pseudo_samples`.
       unbiased: Whether to track the variance times n/(n − 1).
       example_weight: α, from 0 to 1. In a training batch of m examples, each example
         contributes 1/m to the statistics that normalize it. An α of about 1/m brings

@@ -25,7 +25,7 @@ class GhostBatchNorm(Variant):
       num_groups: The number of groups that the batch, over all devices, is split into.
       strided: Whether to alternate between groups, instead of grouping neighbors.
       update_per_group: Whether to update with each group in turn, not with all pooled.
-      use_fast_variance: Whether to pass the running mean as `shift`.
+      use_fast_variance: As for `jaxbn.layers.standard`.
       unbiased: Whether to track the variance times n/(n − 1).
       derivatives: "vjp" or "jvp", as for `jaxbn.batch_norm`.
       (others): As in `flax.linen.BatchNorm`.
@@ -48,7 +48,7 @@ class GhostBatchNorm(Variant):
     num_groups: int | None = None
     strided: bool = False
     update_per_group: bool = False
-    use_fast_variance: bool = True
+    use_fast_variance: bool | str = True
     unbiased: bool = False
     derivatives: str = "vjp"
 
@@ -75,7 +75,7 @@ class BatchRenorm(Variant):
         statistics are then `mean`, `var` and `step`.
       warm_up_steps: Up to this number of updates it is batch norm. Then there is a
         `step`, too.
-      use_fast_variance: Whether to pass the running mean as `shift`.
+      use_fast_variance: As for `jaxbn.layers.standard`.
       axis_index_groups: Groups of indices of `axis_name`.
       derivatives: "vjp" or "jvp", as for `jaxbn.batch_norm`.
       (others): As in `flax.linen.BatchNorm`.
@@ -95,7 +95,7 @@ class BatchRenorm(Variant):
     d_max: Limit = 5.0
     tracks: str = "std"
     warm_up_steps: int = 0
-    use_fast_variance: bool = True
+    use_fast_variance: bool | str = True
     axis_index_groups: _devices.Groups | None = None
     derivatives: str = "vjp"
 
@@ -118,7 +118,8 @@ class DomainBatchNorm(Variant):
     Attributes:
       num_domains: The number of domains.
       shared_affine: Whether the domains share scale and bias.
-      use_fast_variance: Whether to pass each domain's running mean as `shift`.
+      use_fast_variance: True and "running_mean" pass each domain's running mean as
+        `shift`; False and "sample" take two passes.
       unbiased: Whether to track the variance times n/(n − 1).
       (others): As in `flax.linen.BatchNorm`.
 
@@ -136,7 +137,7 @@ class DomainBatchNorm(Variant):
 
     num_domains: int = dataclasses.field(kw_only=True)
     shared_affine: bool = False
-    use_fast_variance: bool = True
+    use_fast_variance: bool | str = True
     unbiased: bool = False
 
     @nn.compact
@@ -165,7 +166,7 @@ class ConditionalBatchNorm(Variant):
       num_classes: The number of classes. Give this or `embedding_size`.
       embedding_size: The length of the embeddings.
       kernel_init: Initializer of "scale_kernel" and "bias_kernel", for embeddings.
-      use_fast_variance: Whether to pass the running mean as `shift`.
+      use_fast_variance: As for `jaxbn.layers.standard`.
       unbiased: Whether to track the variance times n/(n − 1).
       axis_index_groups: Groups of indices of `axis_name`.
       (others): As in `flax.linen.BatchNorm`.
@@ -185,7 +186,7 @@ class ConditionalBatchNorm(Variant):
     num_classes: int | None = None
     embedding_size: int | None = None
     kernel_init: Initializer = nn.initializers.zeros
-    use_fast_variance: bool = True
+    use_fast_variance: bool | str = True
     unbiased: bool = False
     axis_index_groups: _devices.Groups | None = None
 
@@ -247,7 +248,7 @@ class InPlaceBatchNorm(Variant):
     Attributes:
       activation: "leaky_relu", "elu" or "identity".
       negative_slope: The slope of leaky ReLU below 0.
-      use_fast_variance: Whether to pass the running mean as `shift`.
+      use_fast_variance: As for `jaxbn.layers.standard`.
       unbiased: Whether to track the variance times n/(n − 1).
       axis_index_groups: Groups of indices of `axis_name`.
       (others): As in `flax.linen.BatchNorm`.
@@ -266,7 +267,7 @@ class InPlaceBatchNorm(Variant):
 
     activation: str = "leaky_relu"
     negative_slope: float = 0.01
-    use_fast_variance: bool = True
+    use_fast_variance: bool | str = True
     unbiased: bool = False
     axis_index_groups: _devices.Groups | None = None
 

@@ -41,9 +41,11 @@ class BatchNorm(Adapter, nnx.BatchNorm):
       momentum: Weight of the old statistics. May also be a function of the number of
         updates (`jaxbn.debiased(0.99)`, an optax schedule); then there is a further
         `nnx.BatchStat`, `step`.
-      use_fast_variance: True (Flax's default) passes the running mean as `shift`, which
-        reads `x` once; the nearer the running mean, the more exact. False is exact from
-        the first step.
+      use_fast_variance: The shift of the sums. "sample" takes it from the batch, which
+        is exact from the first step, and needs one small all-reduce more on a batch
+        that is split over devices. "running_mean" is the more exact the nearer it is.
+        True (Flax's default) chooses "running_mean" if `axis_name` is given, else
+        "sample". All of them read `x` once; False takes two passes.
       param_dtype: The dtype of scale and bias. If complex, the running mean is too.
       promote_dtype: Called with `(x, mean, var, scale, bias)` and `dtype`, as in Flax;
         the mean and var that it returns are not used.
@@ -97,7 +99,7 @@ class BatchNorm(Adapter, nnx.BatchNorm):
         scale_init: Initializer = nnx.initializers.ones,
         axis_name: _devices.AxisName | None = None,
         axis_index_groups: _devices.Groups | None = None,
-        use_fast_variance: bool = True,
+        use_fast_variance: bool | str = True,
         promote_dtype: PromoteDtypeFn = promote_dtype,
         rngs: nnx.Rngs,
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
@@ -138,7 +140,7 @@ class BatchNorm(Adapter, nnx.BatchNorm):
             scale_init=of_features(scale_init),
             axis_name=axis_name,  # type: ignore
             axis_index_groups=axis_index_groups,
-            use_fast_variance=use_fast_variance,
+            use_fast_variance=use_fast_variance,  # type: ignore  (Flax knows no words.)
             rngs=rngs,
             **taken,
         )

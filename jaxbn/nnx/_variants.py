@@ -24,7 +24,7 @@ class GhostBatchNorm(Variant):
       num_groups: The number of groups that the batch, over all devices, is split into.
       strided: Whether to alternate between groups, instead of grouping neighbors.
       update_per_group: Whether to update with each group in turn, not with all pooled.
-      use_fast_variance: Whether to pass the running mean as `shift`.
+      use_fast_variance: As for `jaxbn.layers.standard`.
       unbiased: Whether to track the variance times n/(n − 1).
       derivatives: "vjp" or "jvp", as for `jaxbn.batch_norm`.
       rngs: For the initializers.
@@ -52,7 +52,7 @@ class GhostBatchNorm(Variant):
         num_groups: int | None = None,
         strided: bool = False,
         update_per_group: bool = False,
-        use_fast_variance: bool = True,
+        use_fast_variance: bool | str = True,
         unbiased: bool = False,
         derivatives: str = "vjp",
         rngs: nnx.Rngs,
@@ -86,7 +86,7 @@ class BatchRenorm(Variant):
         statistics are then `mean`, `var` and `step`.
       warm_up_steps: Up to this number of updates it is batch norm. Then there is a
         `step`, too.
-      use_fast_variance: Whether to pass the running mean as `shift`.
+      use_fast_variance: As for `jaxbn.layers.standard`.
       axis_index_groups: Groups of indices of `axis_name`.
       derivatives: "vjp" or "jvp", as for `jaxbn.batch_norm`.
       rngs: For the initializers.
@@ -114,7 +114,7 @@ class BatchRenorm(Variant):
         d_max: Limit = 5.0,
         tracks: str = "std",
         warm_up_steps: int = 0,
-        use_fast_variance: bool = True,
+        use_fast_variance: bool | str = True,
         axis_index_groups: _devices.Groups | None = None,
         derivatives: str = "vjp",
         rngs: nnx.Rngs,
@@ -147,7 +147,8 @@ class DomainBatchNorm(Variant):
       num_features: The number of features; a tuple if `axis` is one.
       num_domains: The number of domains.
       shared_affine: Whether the domains share scale and bias.
-      use_fast_variance: Whether to pass the running mean as `shift`.
+      use_fast_variance: True and "running_mean" pass each domain's running mean as
+        `shift`; False and "sample" take two passes.
       unbiased: Whether to track the variance times n/(n − 1).
       rngs: For the initializers.
       **common: As in `flax.nnx.BatchNorm`: use_running_average, axis, momentum,
@@ -172,7 +173,7 @@ class DomainBatchNorm(Variant):
         *,
         num_domains: int,
         shared_affine: bool = False,
-        use_fast_variance: bool = True,
+        use_fast_variance: bool | str = True,
         unbiased: bool = False,
         rngs: nnx.Rngs,
         **common: Unpack[Common],
@@ -208,7 +209,7 @@ class ConditionalBatchNorm(Variant):
       num_classes: The number of classes. Give this or `embedding_size`.
       embedding_size: The length of the embeddings.
       kernel_init: Initializer of `scale_kernel` and `bias_kernel`, for embeddings.
-      use_fast_variance: Whether to pass the running mean as `shift`.
+      use_fast_variance: As for `jaxbn.layers.standard`.
       unbiased: Whether to track the variance times n/(n − 1).
       axis_index_groups: Groups of indices of `axis_name`.
       rngs: For the initializers.
@@ -235,7 +236,7 @@ class ConditionalBatchNorm(Variant):
         num_classes: int | None = None,
         embedding_size: int | None = None,
         kernel_init: Initializer = nnx.initializers.zeros,
-        use_fast_variance: bool = True,
+        use_fast_variance: bool | str = True,
         unbiased: bool = False,
         axis_index_groups: _devices.Groups | None = None,
         rngs: nnx.Rngs,
@@ -317,7 +318,7 @@ class InPlaceBatchNorm(Variant):
       num_features: The number of features; a tuple if `axis` is one.
       activation: "leaky_relu", "elu" or "identity".
       negative_slope: The slope of leaky ReLU below 0.
-      use_fast_variance: Whether to pass the running mean as `shift`.
+      use_fast_variance: As for `jaxbn.layers.standard`.
       unbiased: Whether to track the variance times n/(n − 1).
       axis_index_groups: Groups of indices of `axis_name`.
       rngs: For the initializers.
@@ -342,7 +343,7 @@ class InPlaceBatchNorm(Variant):
         *,
         activation: str = "leaky_relu",
         negative_slope: float = 0.01,
-        use_fast_variance: bool = True,
+        use_fast_variance: bool | str = True,
         unbiased: bool = False,
         axis_index_groups: _devices.Groups | None = None,
         rngs: nnx.Rngs,
