@@ -30,15 +30,15 @@ class Layer(NamedTuple):
     infer: Callable[..., Any]
 
 
-def ours(near: bool, implementation: str = "xla", **options) -> Layer:
-    """jaxbn's verbs, one pass about the running mean or two passes."""
+def ours(near: bool | str, implementation: str = "xla", **options) -> Layer:
+    """jaxbn's verbs: a pass about the running mean, about a sample, or two passes."""
 
     def train(x, scale, bias, mean, var, momentum=MOMENTUM):
         y, m = jaxbn.batch_norm(
             x,
             scale,
             bias,
-            shift=mean if near else None,
+            shift=mean if near is True else near or None,
             implementation=implementation,
             **options,
         )
@@ -175,6 +175,7 @@ def keras() -> Layer:
 
 LAYERS: dict[str, Callable[[], Layer]] = {
     "jaxbn": partial(ours, near=True),
+    "jaxbn sample": partial(ours, near="sample"),
     "jaxbn two passes": partial(ours, near=False),
     "jaxbn native": partial(ours, near=False, implementation="native"),
     "jaxbn jvp": partial(ours, near=True, derivatives="jvp"),
