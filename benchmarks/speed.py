@@ -5,6 +5,7 @@ Prints Markdown tables and writes JSON, from which `tables.py` makes the README'
     python benchmarks/speed.py
     python benchmarks/speed.py --gpu
     python benchmarks/speed.py --shapes 8192x512 --dtypes float32 --modes forward
+    python benchmarks/speed.py --family    # jaxbn's own layers, beside `standard`
 
 All libraries are called in turn in one process, by as many threads; times are medians
 over rounds, and those of the others ratios to jaxbn's (compiled by XLA, one pass about
@@ -18,6 +19,8 @@ import math
 import pathlib
 
 import jax
+from _family import measure as measure_family
+from _family import table
 from _machine import keep_memory, warn_if_busy
 from _peers import MODES, NAMES, installed, make
 from _tables import RESULTS, markdown, shape_text, write
@@ -26,6 +29,7 @@ from _timing import copies, interleaved, quartiles
 OURS = "jaxbn"
 LIBRARIES = [name for name in NAMES if name not in ("jaxbn jvp", "textbook")]
 RELU = ("no", "yes")
+FAMILY_SHAPES = "256x1024 32x28x28x128"
 CPU_SHAPES = "256x1024 8192x512 32x56x56x64 32x28x28x128 32x7x7x2048 128x32x32x32"
 GPU_SHAPES = "65536x1024 256x112x112x64 256x56x56x256 256x28x28x512 256x14x14x1024 "
 GPU_SHAPES += "256x7x7x2048"
@@ -78,6 +82,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--gpu", action="store_true", help="large batches, on a GPU")
+    parser.add_argument("--family", action="store_true", help="jaxbn's layers")
     parser.add_argument("--shapes", nargs="+", metavar="NxHxWxC")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
@@ -92,36 +97,59 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=pathlib.Path)
     args = parser.parse_args()
-    args.shapes = args.shapes or (GPU_SHAPES if args.gpu else CPU_SHAPES).split()
-    args.out = args.out or RESULTS / f"speed_{'gpu' if args.gpu else 'cpu'}.json"
+    default = GPU_SHAPES if args.gpu else FAMILY_SHAPES if args.family else CPU_SHAPES
+    args.shapes = [
+        [int(n) for n in s.split("x")] for s in args.shapes or default.split()
+    ]
+    name = f"{'family' if args.family else 'speed'}_{'gpu' if args.gpu else 'cpu'}"
+    args.out = args.out or RESULTS / f"{name}.json"
     args.libraries = [OURS, *(n for n in args.libraries if n != OURS)]
     return args
 
 
-def main() -> None:
+def family(args: argparse.Namespace) -> None:
+    """Prints a table for each dtype: the layers by shape and mode."""
+    cases = []
+    for dtype in args.dtypes:
+        kinds = itertools.product(args.shapes, args.modes)
+        cases += [measure_family(s, dtype, mode, args.rounds) for s, mode in kinds]
+        print(f"\n{dtype}:\n\n{table(cases, dtype)}", flush=True)
+    store(args, cases)
+
+
+def compare(args: argparse.Namespace) -> None:
     """Prints a row when it is known, and then the means."""
-    args = parse()
-    if args.malloc == "keep":
-        keep_memory()
-    warn_if_busy()
-    if not args.gpu:
-        jax.config.update("jax_platforms", "cpu")
     names = installed(args.libraries)
     head = ["mode", "x", "dtype", "relu", "copy, ms", f"{OURS}, ms", "transfers"]
     head += ["of copy's bandwidth", *names[1:]]
     print(markdown(head, [], left=4))
-    shapes = [[int(n) for n in s.split("x")] for s in args.shapes]
     relu = [word == "yes" for word in args.relu]
     cases = []
-    for values in itertools.product(args.modes, args.dtypes, relu, shapes):
+    for values in itertools.product(args.modes, args.dtypes, relu, args.shapes):
         case = dict(zip(("mode", "dtype", "relu", "shape"), values, strict=True))
         here = [n for n in names if n != "torch channels first" or len(values[-1]) > 2]
         cases.append(measure(case, here, args.rounds))
         print("| " + " | ".join(row(cases[-1], names)) + " |", flush=True)
     print("\nGeometric means over the shapes:\n")
     print(markdown(["mode", "dtype", "relu", *names[1:]], means(cases, names), left=3))
+    store(args, cases)
+
+
+def store(args: argparse.Namespace, cases: list[dict]) -> None:
+    """Writes them, and how they were measured."""
     options = {k: getattr(args, k) for k in ("rounds", "malloc", "gpu")}
     write(args.out, options, cases=cases)
+
+
+def main() -> None:
+    """Sets up JAX, and measures."""
+    args = parse()
+    if args.malloc == "keep":
+        keep_memory()
+    warn_if_busy()
+    if not args.gpu:
+        jax.config.update("jax_platforms", "cpu")
+    (family if args.family else compare)(args)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import re
 import sys
 
 from _devices import TARGETS
+from _family import table as family_table
 from _tables import markdown, read, shape_text
 from speed import OURS, mean_ratio
 
@@ -89,6 +90,16 @@ def means() -> str:
     return markdown(["", "dtype", "relu", *PEERS], rows, left=3)
 
 
+def family() -> str:
+    """jaxbn's layers beside `standard`, a table for each dtype."""
+    found = read("family_cpu")
+    tables = [
+        f"{dtype}:\n\n{family_table(found['cases'], dtype)}"
+        for dtype in sorted({case["dtype"] for case in found["cases"]})
+    ]
+    return "\n\n".join([*tables, _setting(found)])
+
+
 def resnet() -> str:
     """Time and memory of a step of a whole network."""
     found = read("resnet_cpu")
@@ -129,6 +140,7 @@ TABLES = {
     "compiled": compiled,
     "training": training,
     "means": means,
+    "family": family,
     "resnet": resnet,
     "accuracy": accuracy,
     "shifts": shifts,

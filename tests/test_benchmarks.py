@@ -19,6 +19,7 @@ RUNS = [
     ("figures", "--folder FOLDER"),
     ("folding", "cpu --batch 1 --size 8 --blocks 1 --dtypes float32"),
     ("memory", "cpu --blocks 1 --shape 2 4 4 4"),
+    ("network", "cpu --small --dtypes float32 --out FOLDER"),
     (
         "resnet",
         f"{SMALL} --batch 2 --size 32 --width 4 --blocks 1 1 --out OUT "
@@ -36,9 +37,10 @@ RUNS = [
         "--modes forward+backward --libraries linen torch",
     ),
     ("speed", f"{SMALL} --gpu --shapes 8x4 --relu no --libraries linen --out OUT"),
+    ("speed", f"{SMALL} --family --shapes 2x3x4 --dtypes float32 --out OUT"),
     ("tables", "--check"),
 ]
-SLOW = ("memory", "resnet", "scale")
+SLOW = ("memory", "network", "resnet", "scale")
 
 
 def run(script, argv):
