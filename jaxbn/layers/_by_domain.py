@@ -6,7 +6,7 @@ number of domains.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,14 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxbn import _axes, _devices, _dtypes, _kernels, _sums
-from jaxbn._moments import Batch, Moments, moments_about, pooled
+from jaxbn._moments import (
+    Batch,
+    Moments,
+    Sampled,
+    Shift,
+    moments_about,
+    pooled,
+)
 from jaxbn._normalize import checked_epsilon, factors
 from jaxbn._running_stats import RunningStats
 from jaxbn.layers._domains import Domains
@@ -188,17 +195,19 @@ def located(norm: Norm, x: jax.Array, domain_ids: ArrayLike | None) -> jax.Array
     return jnp.broadcast_to(ids, (examples,))  # Devices may have different ids.
 
 
-def found(
-    norm: Norm, x: jax.Array, weights, domains: Domains, shift: jax.Array | None
-) -> Found:
-    """The moments of a batch's domains, about their rows of the `shift` of all."""
-    shift = _shift_table(shift, x)
+def found(norm: Norm, x: jax.Array, weights, domains: Domains, shift: Shift) -> Found:
+    """The moments of a batch's domains, about their rows of the `shift` of all.
+
+    Without a shift, and where it is to be a sample of each domain, in two passes.
+    """
+    sampled = isinstance(shift, Sampled)
+    mean = _shift_table(shift.otherwise if isinstance(shift, Sampled) else shift, x)
     if domains.row.ndim:
-        m = _batch_by_domain(norm, x, weights, domains).moments(shift)
-        return Found(m, domains, shift)
-    near = None if shift is None else domains.of_rows(shift)[0]
-    m = moments_about(near, norm.batch(x, weights))
-    return Found(Moments(*(jnp.expand_dims(v, 0) for v in m)), domains, shift)
+        batch = _batch_by_domain(norm, x, weights, domains)
+        return Found(batch.moments(None if sampled else mean), domains, mean)
+    near = None if mean is None else domains.of_rows(mean)[0]
+    m = moments_about(Sampled(near) if sampled else near, norm.batch(x, weights))
+    return Found(Moments(*(jnp.expand_dims(v, 0) for v in m)), domains, mean)
 
 
 def _batch_by_domain(norm: Norm, x: jax.Array, weights, domains: Domains) -> ByDomain:
@@ -211,7 +220,7 @@ def _batch_by_domain(norm: Norm, x: jax.Array, weights, domains: Domains) -> ByD
     return ByDomain(batch, features.index(axis), domains)
 
 
-def _shift_table(mean: jax.Array | None, x: jax.Array) -> jax.Array | None:
+def _shift_table(mean: Any, x: jax.Array) -> jax.Array | None:
     """The domains' running means as shifts for `x`."""
     if mean is None:
         return None
