@@ -72,7 +72,7 @@ class Grid {
   // `arrays` of this shape are read. There are several parts for each thread, since
   // threads are late now and then.
   Grid(Shape whole, int arrays, int64_t threads) : whole_(whole) {
-    constexpr int64_t worth_while = 1 << 18, run = 1 << 10, for_each_thread = 4;
+    constexpr int64_t worth_while = 1 << 18, run = 1 << 12, for_each_thread = 4;
     const int64_t most = for_each_thread * threads;
     int64_t parts = std::clamp<int64_t>(arrays * whole.size() / worth_while, 1, most);
     const auto divide = [&parts](int64_t limit) {
