@@ -34,6 +34,13 @@ jaxbn_cpu = pytest.importorskip(
     "jaxbn_cpu", reason="needs jaxbn-cpu: `pip install ./native`"
 )
 
+
+@pytest.fixture(autouse=True)
+def small_arrays_too(monkeypatch):
+    """These tests have small arrays, of which XLA would compute the backward pass."""
+    monkeypatch.setattr(kernels, "SMALL", 0)
+
+
 CALLS = r"custom_call(?:_target)?[ =(]*[@\"]+jaxbn_"
 ADJACENT = [name for name in LAYOUTS if "two_axes" not in name]
 BROAD = [kind for kind in WEIGHTS if kind != "features"]

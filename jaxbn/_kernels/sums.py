@@ -28,6 +28,7 @@ from jaxbn._operation import CPU, Bound, Operation
 FeatureAxes = tuple[int, ...]
 DTYPES = (jnp.float32, jnp.bfloat16)
 INTERFACE = 1  # That of the jaxbn-cpu that can be used.
+SMALL = 4096  # Elements from which on the kernels compute the backward pass.
 
 
 class Chosen(NamedTuple):
@@ -128,8 +129,8 @@ def cotangent_sums(
     chosen: Chosen,
 ) -> tuple[jax.Array, jax.Array]:
     """Σdy and Σdy·(x − mean); x is the mean where it is masked and not finite."""
-    operands = dy, x, mean, weights
-    return _operation(chosen, _xla_cotangent_sums, _cotangent_sums)(*operands)
+    forms = _xla_cotangent_sums, _cotangent_sums
+    return _backward(chosen, x, *forms)(dy, x, mean, weights)
 
 
 def input_cotangent(
@@ -143,13 +144,21 @@ def input_cotangent(
     chosen: Chosen,
 ) -> jax.Array:
     """`_sums.input_cotangent` for δ = x − mean, in the dtype of `x`."""
-    operands = dy, x, mean, k, c1, c0, weights
-    return _operation(chosen, _xla_input_cotangent, _input_cotangent)(*operands)[0]
+    forms = _xla_input_cotangent, _input_cotangent
+    return _backward(chosen, x, *forms)(dy, x, mean, k, c1, c0, weights)[0]
 
 
 def _operation(chosen: Chosen, xla: Callable, native: Callable) -> Operation:
     general, special = (Bound(form, (chosen.feature_axes,)) for form in (xla, native))
     return Operation(general, special, CPU, chosen.demanded)
+
+
+def _backward(chosen: Chosen, x, xla: Callable, native: Callable) -> Callable:
+    """The operation, or XLA's form alone for a small array: one loop, not two calls."""
+    known = all(isinstance(n, int) for n in x.shape)
+    if known and x.size < SMALL and not chosen.demanded:
+        return Bound(xla, (chosen.feature_axes,))
+    return _operation(chosen, xla, native)
 
 
 def _xla_first_pass(axes: FeatureAxes, x, shift, weights) -> FirstPass:
