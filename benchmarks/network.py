@@ -47,6 +47,15 @@ SHAPES = {
     "critic": {"cpu": (256, 32), "h200": (256, 32), "v5e": (256, 32)},
     "U-Net": {"cpu": (4, 256), "h200": (32, 256), "v5e": (8, 256)},
 }
+# Fields that make each network small, to try the script.
+SMALL = {
+    "ResNet-50": {"blocks": (1, 1), "width": 4},
+    "MobileNetV2": {"stages": ((1, 4, 1, 1), (6, 8, 2, 2)), "ends": (4, 16)},
+    "EfficientNet-B0": {"stages": ((1, 4, 1, 1, 3), (6, 8, 2, 2, 5)), "ends": (4, 16)},
+    "DenseNet-121": {"blocks": (2, 2), "growth": 4},
+    "critic": {"width": 8, "depth": 2},
+    "U-Net": {"width": 4, "depth": 2},
+}
 DEVICES = 4
 TIMES = ("trace_s", "lower_s", "compile_s")
 HEAD = ("network", "library", "dtype", *KINDS, "total", "kernels", "scratch")
@@ -140,6 +149,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=NETWORKS, choices=NETWORKS)
     parser.add_argument("--libraries", nargs="+", default=LIBRARIES, choices=LIBRARIES)
     parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
+    parser.add_argument("--small", action="store_true", help="small networks, as a try")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="a folder")
     args = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", DEVICES)
@@ -150,13 +160,15 @@ def main() -> None:
         cases = []
         kinds = itertools.product(args.networks, args.dtypes, args.libraries)
         for name, dtype, library in kinds:
-            cases.append(measure(name, library, target, dtype))
+            small = {"shape": (4, 32), **SMALL[name]} if args.small else {}
+            cases.append(measure(name, library, target, dtype, **small))
             if len(cases) == 1:
                 print(markdown(HEAD, [], left=3))
             cells = (str(cases[-1].get(word, "")) for word in HEAD)
             print("| " + " | ".join(cells) + " |", flush=True)
             jax.clear_caches()
-        options = {"shapes": {name: SHAPES[name][target] for name in args.networks}}
+        shapes = {name: SHAPES[name][target] for name in args.networks}
+        options = {"shapes": shapes, "small": args.small}
         write(args.out / f"network_{target}.json", options, cases=cases)
 
 

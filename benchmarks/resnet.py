@@ -6,12 +6,12 @@ step needs (arguments and results among it), and the time it takes to compile.
     python benchmarks/resnet.py
     python benchmarks/resnet.py --gpu
 
-The network is that of He et al., with a stage's stride on the 3×3 convolution. On a CPU
-it is narrower, and its images are smaller. All of it but the batch norm is Flax's; the
-steps of the networks are timed in turn.
+The network is `_networks.ResNet`. On a CPU it is narrower, and its images are smaller.
+All of it but the batch norm is Flax's; the steps of the networks are timed in turn.
 """
 
 import argparse
+import functools
 import math
 import pathlib
 import time
@@ -24,12 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 from _layers import LAYERS
 from _machine import keep_memory, warn_if_busy
+from _networks import CLASSES, ResNet
 from _peers import Run, installed
 from _tables import RESULTS, markdown, write
 from _timing import interleaved, quartiles
 
 LIBRARIES = ("jaxbn", "jaxbn native", "linen")
-CLASSES, RATE = 1000, 0.1
+RATE = 0.1
 
 
 class Norm(nn.Module):
@@ -47,54 +48,6 @@ class Norm(nn.Module):
         train = LAYERS[self.library]().train
         y, (mean.value, var.value) = train(x, scale, bias, mean.value, var.value)
         return y
-
-
-class Bottleneck(nn.Module):
-    """Three convolutions and a shortcut, all normalized."""
-
-    library: str
-    features: int
-    strides: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """The block's output."""
-        wide = 4 * self.features
-        y = nn.relu(self.layer(x, self.features, 1))
-        y = nn.relu(self.layer(y, self.features, 3, self.strides))
-        y = self.layer(y, wide, 1)
-        if x.shape != y.shape:
-            x = self.layer(x, wide, 1, self.strides)
-        return nn.relu(x + y)
-
-    def layer(self, x: jax.Array, features: int, size: int, strides: int = 1):
-        """A convolution and its batch norm."""
-        kind = {"use_bias": False, "dtype": self.dtype}
-        x = nn.Conv(features, (size, size), strides, **kind)(x)
-        return Norm(self.library)(x)
-
-
-class ResNet(nn.Module):
-    """A stem, four stages of blocks, and a dense layer."""
-
-    library: str
-    blocks: tuple[int, ...]
-    width: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Scores of the classes."""
-        x = nn.Conv(self.width, (7, 7), 2, use_bias=False, dtype=self.dtype)(x)
-        x = nn.relu(Norm(self.library)(x))
-        x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
-        for stage, count in enumerate(self.blocks):
-            for block in range(count):
-                strides = 2 if stage and not block else 1
-                features = self.width * 2**stage
-                x = Bottleneck(self.library, features, strides, self.dtype)(x)
-        return nn.Dense(CLASSES, dtype=self.dtype)(x.mean((1, 2)))
 
 
 def sgd_step(net: nn.Module) -> Callable:
@@ -131,7 +84,8 @@ def start(net: nn.Module, images: jax.Array) -> Any:
 def prepare(library: str, args: argparse.Namespace) -> tuple[Run, dict]:
     """Steps to time, and what is known without a clock, or from compiling."""
     dtype = jnp.dtype(args.dtype)
-    net = ResNet(library, tuple(args.blocks), args.width, dtype)
+    norm = functools.partial(Norm, library)
+    net = ResNet(norm, dtype, blocks=tuple(args.blocks), width=args.width)
     shape = (args.batch, args.size, args.size, 3)
     images = jax.random.normal(jax.random.key(0), shape, dtype)
     labels = jnp.arange(args.batch) % CLASSES

@@ -1,5 +1,7 @@
 """`batch_norm`: moments and normalization in one, with a hand-written derivative."""
 
+import functools
+
 import jax
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
@@ -115,14 +117,25 @@ def normalize_batch(
 ) -> jax.Array:
     """Normalizes a batch by `m`, its own moments; the rule relies on this."""
     options, *operands = rule_arguments(batch, m, scale, bias, epsilon, dtype)
-    if any(_axes.is_per_example(v, batch.feature_axes) for v in operands[1:3]):
+    return _normalize_batch(options, derivatives, batch.kernels, *operands)
+
+
+# Traced once for each kind of arguments, and one program when called without `jit`.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _normalize_batch(
+    options: _rules.Options,
+    derivatives: str,
+    kernels: _kernels.Chosen | None,
+    *operands,
+) -> jax.Array:
+    if any(_axes.is_per_example(v, options.feature_axes) for v in operands[1:3]):
         # Their cotangents are not channel sums: use the plain composition.
         return options.normalize(*operands)
     x, *vectors, given = _rules.rule_operands(*operands)
     if derivatives == "jvp":
         return _rules.jvp_form(options, x, *vectors, given)
     dtypes = [options.dtype, *(v.dtype for v in vectors if v is not None)]
-    kernels = _kernels.for_dtypes(batch.kernels, *dtypes)
+    kernels = _kernels.for_dtypes(kernels, *dtypes)
     return _rules.vjp_form(options._replace(kernels=kernels), x, *vectors, given)
 
 

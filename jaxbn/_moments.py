@@ -1,5 +1,6 @@
 """Mean and variance of a batch: `moments`, and `merge_moments` to pool them."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
 from jaxbn import _axes, _devices, _dtypes, _kernels, _sample, _sums
+from jaxbn._operation import CPU, GPUS, Bound, Operation
 
 
 class Moments(NamedTuple):
@@ -257,11 +259,31 @@ class Sampled(NamedTuple):
     otherwise: jax.Array | None = None
 
 
-Shift = ArrayLike | Sampled | None
+class SampledWhereFree(NamedTuple):
+    """The same on CPUs and GPUs; elsewhere it is `otherwise`.
+
+    On TPUs, XLA sums what a convolution or matrix product writes in the same kernel,
+    but cannot do so about a shift that depends on the result.
+    """
+
+    otherwise: jax.Array
+
+
+Shift = ArrayLike | Sampled | SampledWhereFree | None
 
 
 def moments_about(shift: Shift, batch: Batch) -> Moments:
     """`moments` of a checked batch."""
+    if not (shift is None or isinstance(shift, (Sampled, SampledWhereFree))):
+        shift = _dtypes.inexact_array("shift", shift)
+    how = batch._replace(x=None, weights=None)
+    return _moments_about(how, batch.x, batch.weights, shift)
+
+
+# Traced once for each kind of arguments, and one program when called without `jit`.
+@functools.partial(jax.jit, static_argnums=0)
+def _moments_about(how: Batch, x: jax.Array, weights, shift) -> Moments:
+    batch = how._replace(x=x, weights=weights)
     shift, kernels = _shift_of(shift, batch), batch.kernels
     if kernels and batch.axis_name is not None and shift is not None:
         kernels = _kernels.unless_for_accelerators(kernels)
@@ -352,14 +374,32 @@ def shift_named(shift: ArrayLike | str | None) -> Shift:
 
 
 def _shift_of(shift: Shift, batch: Batch) -> jax.Array | None:
-    if not isinstance(shift, Sampled):
+    if not isinstance(shift, (Sampled, SampledWhereFree)):
         return _checked_shift(shift, batch)
-    x, weights = lax.stop_gradient((batch.x, batch.weights))
+    otherwise = _checked_shift(shift.otherwise, batch)
+    operands = *lax.stop_gradient((batch.x, batch.weights)), otherwise
+    how = batch._replace(x=None, weights=None, kernels=None)
+    if isinstance(shift, Sampled):
+        return _sampled(how, *operands)[0]
+    # The kernels of CPUs need no shift.
+    platforms = GPUS if batch.kernels else (*CPU, *GPUS)
+    general, special = Bound(_otherwise, ()), Bound(_sampled, (how,))
+    return Operation(general, special, platforms, mapped=True)(*operands)[0]
+
+
+def _otherwise(x, weights, otherwise) -> tuple[jax.Array]:
+    return (_devices.vary_like(otherwise, x),)
+
+
+def _sampled(how: Batch, x, weights, otherwise) -> tuple[jax.Array]:
+    batch = how._replace(x=x, weights=weights)
     sums, sizes = _sample.sample_sums(x, weights, batch.feature_axes)
     if batch.axis_name is not None:
-        sums, sizes = batch.all_sum(sums, sizes)
-    found = _sample.median_of_means(sums, sizes, _checked_shift(shift.otherwise, batch))
-    return _checked_shift(found, batch)
+        sizes = [jnp.asarray(size, sums[0].real.dtype) for size in sizes]
+        total = batch.all_sum(*sums, *sizes)
+        sums, sizes = total[: len(sums)], total[len(sums) :]
+    shift = _sample.median_of_means(sums, sizes, otherwise)
+    return (jnp.where(jnp.isfinite(shift), shift, 0),)
 
 
 def _checked_shift(shift: ArrayLike | None, batch: Batch) -> jax.Array | None:

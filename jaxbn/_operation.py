@@ -37,8 +37,8 @@ class Operation(NamedTuple):
     """Both forms: functions of the same arrays that return the same tuple of arrays.
 
     They must be hashable. `demanded` makes lowering for other platforms an error.
-    `mapped` says that `jax.vmap` can map the special form as well; otherwise it maps
-    the general one alone.
+    `mapped` says that the special form is plain JAX: `jax.vmap` maps it as well, not
+    the general one alone, and it is traced only where it is lowered.
     """
 
     general: Callable
@@ -54,12 +54,22 @@ class Operation(NamedTuple):
         out = _operation.bind(
             *leaves,
             general=_traced(self.general, tree, *where),
-            special=_traced(self.special, tree, *where),
+            special=self._kept(tree, where),
             platforms=self.platforms,
             demanded=self.demanded,
             mapped=self.mapped,
         )
         return tuple(out)
+
+    def _kept(self, tree, where: tuple) -> Callable:
+        if self.mapped:
+            return Bound(_with_tree, (self.special, tree))
+        # JAX looks for what needs the devices in the program before it is lowered.
+        return _traced(self.special, tree, *where)
+
+
+def _with_tree(form: Callable, tree, *leaves) -> tuple:
+    return form(*jax.tree.unflatten(tree, leaves))
 
 
 # Compiled programs are cached by the identity of these objects and hold them, so they
@@ -73,10 +83,12 @@ def _traced(form: Callable, tree, avals: tuple, mesh) -> ClosedJaxpr:
     if (known := _forms.get(key)) is not None:
         return known
 
-    def function(*leaves):
-        return form(*jax.tree.unflatten(tree, leaves))
-
+    function = Bound(_with_tree, (form, tree))
     return _forms.setdefault(key, jax.make_jaxpr(function)(*avals))
+
+
+def _as_function(form: Callable) -> Callable:
+    return jaxpr_as_fun(form) if isinstance(form, ClosedJaxpr) else form
 
 
 _operation = Primitive("jaxbn_operation")
@@ -95,7 +107,7 @@ def _run(*leaves, **params):
     # Not traced under `jax.disable_jit`, nor when `jax_debug_nans` searches for a NaN.
     if not any(isinstance(leaf, Tracer) for leaf in leaves):
         form = params["special" if params["demanded"] else "general"]
-        return jaxpr_as_fun(form)(*leaves)
+        return _as_function(form)(*leaves)
     return _operation.bind(*leaves, **params)
 
 
@@ -147,8 +159,8 @@ def _batch(leaves, axes, general, special, demanded: bool, mapped: bool, **param
     return found, [0] * len(found)
 
 
-def _mapped(form: ClosedJaxpr, axes: tuple, *leaves) -> tuple:
-    return tuple(jax.vmap(jaxpr_as_fun(form), axes)(*leaves))
+def _mapped(form: Callable, axes: tuple, *leaves) -> tuple:
+    return tuple(jax.vmap(_as_function(form), axes)(*leaves))
 
 
 def _lower(
@@ -168,7 +180,7 @@ def _lower(
             f"platform ({', '.join(ctx.module_context.platforms)}). Leave it out to "
             "have XLA compute there."
         )
-    form = jaxpr_as_fun(special if chosen else general)
+    form = _as_function(special if chosen else general)
     return mlir.lower_fun(form, multiple_results=True)(ctx, *leaves)
 
 

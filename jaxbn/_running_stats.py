@@ -1,6 +1,7 @@
 """Running statistics: the state that inference normalizes with, and its updates."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -112,7 +113,14 @@ def update(
     stats, moments = _as_arrays("stats", stats), _as_arrays("moments", moments)
     _check_update(stats, moments, unbiased)
     stats, moments = lax.stop_gradient((stats, moments))
-    keep = old_weight(stats, momentum)
+    return _updated(bool(unbiased), stats, moments, old_weight(stats, momentum))
+
+
+# Traced once for each kind of arguments, and one program when called without `jit`.
+@functools.partial(jax.jit, static_argnums=0)
+def _updated(
+    unbiased: bool, stats: RunningStats, moments: Moments, keep: jax.Array
+) -> RunningStats:
     n = moments.count
     var = moments.var
     if unbiased:

@@ -6,60 +6,70 @@ most one of three means away, which the median leaves out.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbn import _axes, _devices, _dtypes, _sums
+from jaxbn import _axes, _devices, _sums
 
 SAMPLES, POSITIONS = 3, 16
 
 
 def sample_sums(
     x: jax.Array, weights: jax.Array | None, feature_axes: tuple[int, ...]
-) -> tuple[jax.Array, jax.Array]:
-    """The sum of each sample, stacked, and its size; positions of weight 0 are none."""
+) -> tuple[list[jax.Array], list[Any]]:
+    """The sum of each sample, and its size: a number if nothing has weight 0."""
     reduced = _axes.others(feature_axes, x.ndim)
     counts = _spread_over(x, reduced)
     sums, sizes = [], []
     for i in range(SAMPLES):
-        part = _sample(x, counts, i)
-        own = None if weights is None else _sample(weights, counts, i)
-        own = own if own is None or own.dtype == jnp.bool_ else own != 0
+        part, own = _sample(x, counts, i), None
+        size: Any = math.prod(_axes.lengths(part, reduced))
+        if weights is not None:
+            own = _sample(weights, counts, i)
+            own = own if own.dtype == jnp.bool_ else own != 0
+            size = _sums.total_weight(part, own, feature_axes)
         sums.append(_sums.weighted_sum(part, own, feature_axes))
-        if own is None:
-            size = math.prod(_axes.lengths(part, reduced))
-            sizes.append(jnp.asarray(size, _dtypes.accumulation(x.dtype)))
-        else:
-            sizes.append(_sums.total_weight(part, own, feature_axes))
-    return _devices.stack(*sums), _devices.stack(*sizes)
+        sizes.append(size)
+    return sums, sizes
 
 
 def median_of_means(
-    sums: jax.Array, sizes: jax.Array, fallback: jax.Array | None
+    sums: list[jax.Array], sizes: list[Any], fallback: jax.Array | None
 ) -> jax.Array:
     """The median of the samples' means, or `fallback` (by default 0) if all are empty.
 
     An empty sample has the mean of the others.
     """
-    sizes = jnp.expand_dims(sizes, tuple(range(sizes.ndim, sums.ndim)))
-    total = sizes.sum(0)
-    mean = _sums.over(sums.sum(0), total)
+    total = sum(sizes)
+    if not isinstance(total, jax.Array):  # Known: all of one size.
+        if isinstance(total, int) and total == 0:
+            return jnp.zeros_like(sums[0]) if fallback is None else fallback
+        return _median_of(
+            [of_one / size for of_one, size in zip(sums, sizes, strict=True)]
+        )
+    mean = _sums.over(sum(sums), total)
     if fallback is not None:
         mean = _devices.where(total > 0, mean, fallback.astype(mean.dtype))
-    means = [
-        _devices.where(size > 0, _sums.over(of_one, size), mean)
-        for of_one, size in zip(sums, sizes, strict=True)
-    ]
-    if jnp.iscomplexobj(mean):
+    return _median_of(
+        [
+            _devices.where(size > 0, _sums.over(of_one, size), mean)
+            for of_one, size in zip(sums, sizes, strict=True)
+        ]
+    )
+
+
+def _median_of(means: list[jax.Array]) -> jax.Array:
+    if jnp.iscomplexobj(means[0]):
         parts = [m.real for m in means], [m.imag for m in means]
         return lax.complex(*(_median(*part) for part in parts))
     return _median(*means)
 
 
 def _median(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
-    return jnp.maximum(jnp.minimum(a, b), jnp.minimum(jnp.maximum(a, b), c))
+    return lax.max(lax.min(a, b), lax.min(lax.max(a, b), c))
 
 
 def _spread_over(x: jax.Array, reduced: tuple[int, ...]) -> dict[int, int]:

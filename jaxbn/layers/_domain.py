@@ -15,7 +15,7 @@ from jaxbn.layers._by_domain import (
     normalized_by_domain,
 )
 from jaxbn.layers._domains import domains_of
-from jaxbn.layers._fast_variance import RUNNING_MEAN, chosen
+from jaxbn.layers._fast_variance import chosen
 from jaxbn.layers._layer import (
     Affine,
     Layer,
@@ -140,8 +140,7 @@ def domain(
 
     def train_found(params, state: RunningStats, x, weights, domain_ids=None):
         # A sample may have nothing of a domain.
-        about = chosen(use_fast_variance, split=True)
-        near = state.mean if about == RUNNING_MEAN else None
+        near = chosen(use_fast_variance, state.mean, split=True)
         own = found_about(near, x, weights, domain_ids)
         affine_ = vectors(params, own.domains.of_rows)
         return normalized_by_domain(norm, x, own, affine_, weights), own

@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxbn._moments import Sampled, SampledWhereFree
+
 SAMPLE, RUNNING_MEAN = "sample", "running_mean"
 
 
@@ -14,17 +16,17 @@ def require_fast_variance(value: Any) -> None:
     kind = ValueError if isinstance(value, str) else TypeError
     raise kind(
         f"`use_fast_variance` must be True, False, {SAMPLE!r} or {RUNNING_MEAN!r}, got "
-        f"{value!r}. True chooses one of these words; False takes two passes over `x`."
+        f"{value!r}. True chooses one of the words; False takes two passes over `x`."
     )
 
 
-def chosen(value: bool | str, *, split: bool) -> str | None:
-    """The word that True stands for; None for False.
+def chosen(value: bool | str, mean: Any, *, split: bool) -> Any:
+    """The shift: about a running mean, a sample of the batch, or None for two passes.
 
     A sample costs one small all-reduce more where the batch is split over devices.
     """
     if isinstance(value, str):
-        return value
+        return Sampled(mean) if value == SAMPLE else mean
     if not value:
         return None
-    return RUNNING_MEAN if split else SAMPLE
+    return mean if split else SampledWhereFree(mean)

@@ -8,7 +8,6 @@ from jax.typing import DTypeLike
 from jaxbn import _axes, _devices, _dtypes
 from jaxbn._moments import (
     Moments,
-    Sampled,
     checked_batch,
     merge_moments,
     moments_about,
@@ -127,17 +126,14 @@ def ghost(
         axes = groups.feature_axes
         batch = checked_batch(split, axes, weights, *over, implementation)
         near = norm.shift(state)
-        if isinstance(near, Sampled):
-            shift = Sampled(groups.repeat(near.otherwise, split))
-        else:
-            shift = groups.repeat(near, split)
+        shift = jax.tree.map(lambda v: groups.repeat(v, split), near)
         m = moments_about(shift, batch)
         scale, bias = (groups.repeat(v, split) for v in affine(params))
         y = norm.by_moments(batch, m, (scale, bias), derivatives)
         m, over = _of_all_groups(m, groups, axis_name, gather=update_per_group)
         if not update_per_group:
             # A shift saves a collective, but costs digits if it is far from the mean.
-            shift = None if batch.kernels or isinstance(near, Sampled) else near
+            shift = near if isinstance(near, jax.Array) and not batch.kernels else None
             m = merge_moments(m, shift=shift, axis_name=over)
         return _devices.reshape_like(y, x), m
 

@@ -15,13 +15,12 @@ from jaxbn._batch_norm import normalize_batch
 from jaxbn._moments import (
     Batch,
     Moments,
-    Sampled,
     checked_batch,
     moments_about,
 )
 from jaxbn._normalize import normalize_given
 from jaxbn._running_stats import RunningStats, init_stats
-from jaxbn.layers._fast_variance import SAMPLE, chosen
+from jaxbn.layers._fast_variance import chosen
 from jaxbn.layers._made import Function, Made, signature
 
 Params = dict[str, jax.Array]
@@ -119,12 +118,10 @@ class Norm(NamedTuple):
         over = self.axis_name, self.axis_index_groups
         return checked_batch(x, self.feature_axes, weights, *over, self.implementation)
 
-    def shift(self, state: Any) -> jax.Array | Sampled | None:
+    def shift(self, state: Any) -> Any:
         """What sums are taken about, by `use_fast_variance`; None for two passes."""
-        how = chosen(self.use_fast_variance, split=self.axis_name is not None)
-        if how == SAMPLE:
-            return Sampled(state.mean)
-        return state.mean if how else None
+        split = self.axis_name is not None
+        return chosen(self.use_fast_variance, state.mean, split=split)
 
     def near(self, state: Any, batch: Batch) -> Moments:
         """Moments about that shift."""
