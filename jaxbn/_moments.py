@@ -65,9 +65,10 @@ def moments(
         the relative error of the variance grows as 1 + ((shift − mean) / std)². It must
         be the same on all devices of `axis_name` (of each group, if there are groups).
         Entries that are not finite count as 0. Gradients stop at the shift. "sample"
-        takes it from the batch: the median of the means of three samples, of up to
-        16 positions each. This also reads `x` once; it is inexact only where whole samples
-        are outliers, or where the mask leaves none of their positions.
+        takes it from the batch: its mean, if `x` has at most 2²⁰ elements, else the
+        median of the means of three samples, of up to 16 positions each. A large `x` is
+        read once; the variance is inexact only where whole samples are outliers, or
+        where the mask leaves none of their positions.
       axis_name: Name or names of mapped axes (`jax.shard_map`, `jax.pmap`, `jax.vmap`)
         to sum over. With an array as `shift` this takes one all-reduce; without one,
         with "sample", or with the CPU kernels, two.

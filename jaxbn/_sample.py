@@ -2,7 +2,8 @@
 
 A sample is a few positions, spread over every reduced axis. Its mean is near the
 batch's, also in sorted data and with borders of one value; and one outlier takes at
-most one of three means away, which the median leaves out.
+most one of three means away, which the median leaves out. Of a small batch, one sample
+has all positions: to read it again costs less than to pick some.
 """
 
 import math
@@ -15,6 +16,7 @@ from jax import lax
 from jaxbn import _axes, _devices, _sums
 
 SAMPLES, POSITIONS = 3, 16
+SMALL = 2**20  # Elements.
 
 
 def sample_sums(
@@ -22,9 +24,11 @@ def sample_sums(
 ) -> tuple[list[jax.Array], list[Any]]:
     """The sum of each sample, and its size: a number if nothing has weight 0."""
     reduced = _axes.others(feature_axes, x.ndim)
-    counts = _spread_over(x, reduced)
+    elements = math.prod(x.shape)
+    few = isinstance(elements, int) and elements <= SMALL
+    counts = {} if few else _spread_over(x, reduced)
     sums, sizes = [], []
-    for i in range(SAMPLES):
+    for i in range(1 if few else SAMPLES):
         part, own = _sample(x, counts, i), None
         size: Any = math.prod(_axes.lengths(part, reduced))
         if weights is not None:
@@ -62,6 +66,8 @@ def median_of_means(
 
 
 def _median_of(means: list[jax.Array]) -> jax.Array:
+    if len(means) == 1:
+        return means[0]
     if jnp.iscomplexobj(means[0]):
         parts = [m.real for m in means], [m.imag for m in means]
         return lax.complex(*(_median(*part) for part in parts))
@@ -100,6 +106,8 @@ def _fitting(wanted: int, length: int) -> int:
 
 def _sample(array: jax.Array, counts: dict[int, int], index: int) -> jax.Array:
     """Positions in the middle of one of SAMPLES parts of equal stretches of an axis."""
+    if not counts:
+        return array
     start, stop, step = [0] * array.ndim, list(array.shape), [1] * array.ndim
     for axis, count in counts.items():
         length = array.shape[axis]

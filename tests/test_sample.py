@@ -14,7 +14,18 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
-from jaxbn import layers
+from jaxbn import _sample, layers
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_batches_are_sampled():
+    """Otherwise one sample has all positions."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_sample, "SMALL", 0)
+        jax.clear_caches()
+        yield
+    jax.clear_caches()
+
 
 SHAPES = [(1, 3), (2, 3), (7, 3), (96, 3), (1000, 3), (4, 12, 10, 3), (1, 40, 40, 3)]
 
@@ -115,6 +126,17 @@ def test_masked_positions_are_no_sample(kept):
     near = state._replace(mean=jnp.full(3, 999.0))
     _, new = layer.apply(params, near, x, weights=mask, training=True)
     np.testing.assert_allclose(new.var, expected.var, rtol=1e-5)
+
+
+def test_of_a_small_batch_all_is_sampled(monkeypatch):
+    monkeypatch.setattr(_sample, "SMALL", 2**20)
+    jax.clear_caches()
+    rng = np.random.default_rng(2)
+    mask = rng.random((512, 1)) < 0.01
+    x = np.where(mask, rng.standard_normal((512, 3)) + 1e3, np.nan).astype(np.float32)
+    m, expected = found(x, weights=mask), exact(x, weights=mask)
+    np.testing.assert_allclose(m.var, expected.var, rtol=1e-5)
+    jax.clear_caches()
 
 
 def test_nothing_to_sample():
