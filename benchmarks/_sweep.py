@@ -72,7 +72,7 @@ def _measured(layout: str, rows: int, channels: int, dtype: str, rounds: int) ->
         for mode in MODES:
             f = jax.jit(partial(_step, mode, axes, implementation))
             compiled = f.lower(x, vector, dy).compile()
-            if 'custom_call_target="jaxbn_' in compiled.as_text():
+            if 'custom_call_target="jaxbn_' in (compiled.as_text() or ""):
                 row["by"] = "kernels"
             runs[f"{mode} {name}"] = jax_run(compiled, x, vector, dy)
     found = interleaved(runs, rounds, BLOCK)
