@@ -9,7 +9,7 @@ Ways: a row for each ratio of mean to standard deviation, a column for Flax's de
 and for each way that jaxbn has: two passes, and one pass about a shift that is 0, 1, 3
 or 10 standard deviations from the mean. Libraries: each with its defaults, jaxbn warm
 (about a shift that is the mean) and in two passes. Cold start: the steps of a training,
-where the shift is a running mean that begins at 0.
+where the shift is a running mean that begins at 0, or comes from a sample of the batch.
 """
 
 import argparse
@@ -30,14 +30,18 @@ SHAPE = (4096, 128)
 # In bfloat16, 1e4 has no neighbour nearer than 64.
 RATIOS = {"float32": (0.0, 1.0, 1e2, 1e3, 1e4), "bfloat16": (0.0, 1.0, 1e2, 1e3)}
 DISTANCES = (0, 1, 3, 10)
-EXCEPT = ("jaxbn jvp", "textbook", "torch channels first")
+EXCEPT = ("jaxbn jvp", "jaxbn sample", "textbook", "torch channels first")
 LIBRARIES = [name for name in NAMES if name not in EXCEPT]
-RATIO, STEPS = 1e3, (1, 10, 50, 100, 200, 300, 400)
+# Of the cold start: large enough that not all of a batch is sampled.
+COLD = (16384, 128)
+RATIO, STEPS = 1e3, (1, 2, 10, 50, 100, 200, 300, 400)
 
 
-def batch(ratio: float, dtype: str = "float32", seed: int = 0) -> np.ndarray:
+def batch(
+    ratio: float, dtype: str = "float32", seed: int = 0, shape=SHAPE
+) -> np.ndarray:
     """Normal numbers with standard deviation 1 about `ratio`."""
-    x = np.random.default_rng(seed).normal(ratio, size=SHAPE)
+    x = np.random.default_rng(seed).normal(ratio, size=shape)
     return x.astype(np.float32).astype(dtype)
 
 
@@ -82,15 +86,17 @@ def cold_start(steps: Iterable[int]) -> list[dict]:
     momenta = {"shift, momentum 0.99": 0.99, "shift, debiased": jaxbn.debiased(0.99)}
     stats = {way: jaxbn.init_stats(SHAPE[-1]) for way in momenta}
     moments = jax.jit(partial(jaxbn.moments, implementation="xla"))
+    sampled = jax.jit(partial(jaxbn.moments, shift="sample", implementation="xla"))
     rows = []
     for step in range(1, max(steps) + 1):
-        x = batch(RATIO, seed=step)
+        x = batch(RATIO, seed=step, shape=COLD)
         row = {"step": step}
         for way, momentum in momenta.items():
             m = moments(x, shift=stats[way].mean)
             stats[way] = jaxbn.update(stats[way], m, momentum=momentum)
             row[way] = error(m.var, x)
         if step in steps:
+            row["sample"] = error(sampled(x).var, x)
             row["two passes"] = error(moments(x).var, x)
             row["flax default"] = error(variance("linen", x), x)
             rows.append(row)

@@ -19,9 +19,10 @@ LOOKS = {
     "flax default": ("#D55E00", "s", "-"),
     "shift, momentum 0.99": ("#0072B2", "o", "-"),
     "shift, debiased": ("#009E73", "D", "-"),
+    "sample": ("#CC79A7", "v", "-"),
     "two passes": ("#333333", "^", (0, (3.5, 1.5))),
 }
-LABELS = {"flax default": "flax, its default"}
+LABELS = {"flax default": "flax, its default", "sample": 'jaxbn, shift="sample"'}
 
 
 def cold_start() -> Figure:
