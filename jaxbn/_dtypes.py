@@ -76,6 +76,8 @@ def number(name: str, value: ArrayLike) -> float:
 
 def array(name: str, value: ArrayLike) -> jax.Array:
     """Converts `value` to an array."""
+    if isinstance(value, jax.Array):
+        return value
     if isinstance(value, (tuple, list)) and any(np.ndim(v) for v in value):
         raise TypeError(
             f"`{name}` must be one array, got a {type(value).__name__} of "

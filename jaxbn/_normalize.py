@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
@@ -159,12 +160,13 @@ def optional_vector(
     return checked_vector(name, vector, x, feature_axes, dtype)
 
 
-def checked_epsilon(epsilon: ArrayLike) -> jax.Array:
+def checked_epsilon(epsilon: ArrayLike) -> jax.Array | np.ndarray:
     """Epsilon as a scalar array without gradient."""
     values = _dtypes.known(epsilon)
     if values is not None and not jnp.issubdtype(values.dtype, jnp.number):
         raise TypeError(f"`epsilon` must be a number, got {epsilon!r}.")
-    array = jnp.asarray(epsilon)
+    # In NumPy where it is known: outside `jax.jit`, JAX's functions take longer.
+    array = jnp.asarray(epsilon) if values is None else np.asarray(epsilon)
     if array.ndim or jnp.iscomplexobj(array):
         raise ValueError(
             f"`epsilon` must be a real scalar, got shape {array.shape}, dtype "
@@ -172,7 +174,7 @@ def checked_epsilon(epsilon: ArrayLike) -> jax.Array:
         )
     if values is not None and not values >= 0:
         raise ValueError(f"`epsilon` must not be negative, got {epsilon}.")
-    return lax.stop_gradient(array)
+    return lax.stop_gradient(array) if values is None else array
 
 
 def factors(

@@ -112,7 +112,6 @@ def update(
     """
     stats, moments = _as_arrays("stats", stats), _as_arrays("moments", moments)
     _check_update(stats, moments, unbiased)
-    stats, moments = lax.stop_gradient((stats, moments))
     return _updated(bool(unbiased), stats, moments, old_weight(stats, momentum))
 
 
@@ -121,6 +120,7 @@ def update(
 def _updated(
     unbiased: bool, stats: RunningStats, moments: Moments, keep: jax.Array
 ) -> RunningStats:
+    stats, moments = lax.stop_gradient((stats, moments))
     n = moments.count
     var = moments.var
     if unbiased:
@@ -179,11 +179,13 @@ def blended(
     return _devices.where(count > 0, mixed, old)
 
 
-def old_weight(stats: RunningStats, momentum: Momentum) -> jax.Array:
+def old_weight(stats: RunningStats, momentum: Momentum) -> Any:
     """The momentum at this step: a scalar or feature vector, without gradient."""
     value = momentum(stats.step) if callable(momentum) else momentum
     _check_momentum(value, stats)
-    return lax.stop_gradient(jnp.asarray(value))
+    return (
+        lax.stop_gradient(value) if isinstance(value, jax.Array) else np.asarray(value)
+    )
 
 
 def cumulative() -> Callable[[jax.Array], jax.Array]:

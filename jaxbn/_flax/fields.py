@@ -97,7 +97,28 @@ def layer(
     if options.get("axis_name") is None and "axis_index_groups" in options:
         # Flax ignores groups without an axis, so one switch turns synchronization off.
         options["axis_index_groups"] = None
+    try:
+        return _made(make, **options)
+    except (
+        TypeError
+    ):  # An option cannot be hashed, such as a momentum that is an array.
+        return make(**options)
+
+
+# Without it, most of the time of a call outside `jax.jit` goes into making the layer.
+@functools.lru_cache(maxsize=4096, typed=True)
+def _made(make: Callable[..., layers.Layer], **options: Any) -> layers.Layer:
     return make(**options)
+
+
+def shapes(layer: layers.Layer, features: int | tuple[int, ...]) -> tuple[dict, Any]:
+    """The parameters and the state that a layer makes, as shapes."""
+    return _shapes(layer, features, jax.config.jax_enable_x64)  # type: ignore
+
+
+@functools.lru_cache(maxsize=4096)
+def _shapes(layer: layers.Layer, features, wide: bool) -> tuple[dict, Any]:
+    return jax.eval_shape(lambda: layer.init(features))
 
 
 def make_hashable(module: Any) -> None:
@@ -143,7 +164,7 @@ def is_training(use_running_average: Any) -> bool:
 
 def state(kind: type, values: dict[str, jax.Array], like: Any) -> Any:
     """The layer's state. The step is only stored if an option is a function of it."""
-    return kind(**{"step": jnp.zeros(like.step.shape, jnp.int32)} | values)
+    return kind(**{"step": np.zeros(like.step.shape, np.int32)} | values)
 
 
 def as_dict(**arrays: jax.Array | None) -> dict[str, jax.Array]:
@@ -158,7 +179,7 @@ def as_inexact(x: Any) -> jax.Array:
             f"`x` must be an array, got a {type(x).__name__} of {len(x)}. If a batch "
             "has several parts, call the model with one of them."
         )
-    x = jnp.asarray(x)
+    x = x if isinstance(x, jax.Array) else jnp.asarray(x)
     return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
 
 

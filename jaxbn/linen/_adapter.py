@@ -98,7 +98,7 @@ class Adapter(nn.Module):
             dtype = _dtypes.complex_like(dtype)
         plan = self._layer(feature_axes=axes, stats_dtype=dtype)
         features = _axes.lengths(x, axes)
-        params, state = jax.eval_shape(lambda: plan.init(features))
+        params, state = fields.shapes(plan, features)
 
         stats = self._stats(plan, features, state, training)
         mode = self._mode(training)

@@ -161,7 +161,7 @@ class Adapter(nnx.Module):
         x, params, dtype = self._operands(x)
         layer = self._layer(feature_axes=axes, dtype=dtype)
         features = _axes.lengths(x, axes)
-        _, like = jax.eval_shape(lambda: layer.init(features))
+        _, like = fields.shapes(layer, features)
         fields.require_features("num_features", self.mean[...], like.mean, x, axes)
         fields.require_mask(mask, x)
         record = self._record(training)
