@@ -15,6 +15,7 @@ import sys
 
 from _devices import TARGETS
 from _family import table as family_table
+from _network_tables import gpu_layers, networks, ratios
 from _tables import markdown, read, shape_text
 from speed import OURS, mean_ratio
 
@@ -144,6 +145,9 @@ TABLES = {
     "resnet": resnet,
     "accuracy": accuracy,
     "shifts": shifts,
+    "ratios": ratios,
+    "networks": networks,
+    "gpu": gpu_layers,
 }
 
 

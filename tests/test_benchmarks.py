@@ -18,6 +18,7 @@ RUNS = [
     ("compiled", "cpu --shape 4x2x2x8 --libraries jaxbn linen --out FOLDER"),
     ("figures", "--folder FOLDER"),
     ("folding", "cpu --batch 1 --size 8 --blocks 1 --dtypes float32"),
+    ("gpu", "--dry --rounds 1 --out OUT"),
     ("memory", "cpu --blocks 1 --shape 2 4 4 4"),
     ("network", "cpu --small --dtypes float32 --out FOLDER"),
     (
@@ -40,7 +41,7 @@ RUNS = [
     ("speed", f"{SMALL} --family --shapes 2x3x4 --dtypes float32 --out OUT"),
     ("tables", "--check"),
 ]
-SLOW = ("memory", "network", "resnet", "scale")
+SLOW = ("gpu", "memory", "network", "resnet", "scale")
 
 
 def run(script, argv):
