@@ -158,6 +158,8 @@ def main() -> None:
     for target in installed(args.targets):
         print(f"\nGiB of a step, compiled for {target}\n")
         cases = []
+        shapes = {name: SHAPES[name][target] for name in args.networks}
+        options = {"shapes": shapes, "small": args.small}
         kinds = itertools.product(args.networks, args.dtypes, args.libraries)
         for name, dtype, library in kinds:
             small = {"shape": (4, 32), **SMALL[name]} if args.small else {}
@@ -166,10 +168,9 @@ def main() -> None:
                 print(markdown(HEAD, [], left=3))
             cells = (str(cases[-1].get(word, "")) for word in HEAD)
             print("| " + " | ".join(cells) + " |", flush=True)
+            # After each, as all of them take an hour.
+            write(args.out / f"network_{target}.json", options, cases=cases)
             jax.clear_caches()
-        shapes = {name: SHAPES[name][target] for name in args.networks}
-        options = {"shapes": shapes, "small": args.small}
-        write(args.out / f"network_{target}.json", options, cases=cases)
 
 
 if __name__ == "__main__":

@@ -399,8 +399,9 @@ def _sampled(how: Batch, x, weights, otherwise) -> tuple[jax.Array]:
         sizes = [jnp.asarray(size, sums[0].real.dtype) for size in sizes]
         total = batch.all_sum(*sums, *sizes)
         sums, sizes = total[: len(sums)], total[len(sums) :]
-    shift = _sample.median_of_means(sums, sizes, otherwise)
-    return (jnp.where(jnp.isfinite(shift), shift, 0),)
+    if weights is None and 0 not in x.shape:
+        otherwise = None  # There is a sample.
+    return (_sample.median_of_means(sums, sizes, otherwise),)
 
 
 def _checked_shift(shift: ArrayLike | None, batch: Batch) -> jax.Array | None:

@@ -22,7 +22,7 @@ SMALL = 2**20  # Elements.
 def sample_sums(
     x: jax.Array, weights: jax.Array | None, feature_axes: tuple[int, ...]
 ) -> tuple[list[jax.Array], list[Any]]:
-    """The sum of each sample, and its size: a number if nothing has weight 0."""
+    """The sum of each sample, and its size: a number, or an array."""
     reduced = _axes.others(feature_axes, x.ndim)
     elements = math.prod(x.shape)
     few = isinstance(elements, int) and elements <= SMALL
@@ -34,6 +34,7 @@ def sample_sums(
         if weights is not None:
             own = _sample(weights, counts, i)
             own = own if own.dtype == jnp.bool_ else own != 0
+        if few or own is not None:
             size = _sums.total_weight(part, own, feature_axes)
         sums.append(_sums.weighted_sum(part, own, feature_axes))
         sizes.append(size)
@@ -57,6 +58,8 @@ def median_of_means(
     mean = _sums.over(sum(sums), total)
     if fallback is not None:
         mean = _devices.where(total > 0, mean, fallback.astype(mean.dtype))
+    if len(sums) == 1:
+        return mean
     return _median_of(
         [
             _devices.where(size > 0, _sums.over(of_one, size), mean)
@@ -66,8 +69,7 @@ def median_of_means(
 
 
 def _median_of(means: list[jax.Array]) -> jax.Array:
-    if len(means) == 1:
-        return means[0]
+    means = [jnp.where(jnp.isfinite(mean), mean, 0) for mean in means]
     if jnp.iscomplexobj(means[0]):
         parts = [m.real for m in means], [m.imag for m in means]
         return lax.complex(*(_median(*part) for part in parts))
