@@ -166,7 +166,7 @@ def checked_epsilon(epsilon: ArrayLike) -> jax.Array | np.ndarray:
     if values is not None and not jnp.issubdtype(values.dtype, jnp.number):
         raise TypeError(f"`epsilon` must be a number, got {epsilon!r}.")
     # In NumPy where it is known: outside `jax.jit`, JAX's functions take longer.
-    array = jnp.asarray(epsilon) if values is None else np.asarray(epsilon)
+    array = jnp.asarray(epsilon) if values is None else values
     if array.ndim or jnp.iscomplexobj(array):
         raise ValueError(
             f"`epsilon` must be a real scalar, got shape {array.shape}, dtype "

@@ -183,9 +183,9 @@ def old_weight(stats: RunningStats, momentum: Momentum) -> Any:
     """The momentum at this step: a scalar or feature vector, without gradient."""
     value = momentum(stats.step) if callable(momentum) else momentum
     _check_momentum(value, stats)
-    return (
-        lax.stop_gradient(value) if isinstance(value, jax.Array) else np.asarray(value)
-    )
+    if isinstance(value, (float, int, np.ndarray)):  # Faster outside `jax.jit`.
+        return np.asarray(value)
+    return lax.stop_gradient(jnp.asarray(value))
 
 
 def cumulative() -> Callable[[jax.Array], jax.Array]:

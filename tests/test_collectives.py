@@ -177,19 +177,16 @@ def remat_collectives(policy):
     step = jax.shard_map(
         step, mesh=over(jax.devices()), in_specs=ROWS, out_specs=(ROWS, ROWS)
     )
-    lowered = jax.jit(step).lower(jnp.ones((16, 3)))
-    issued = lowered.as_text().count("stablehlo.all_reduce")
-    return issued, len(reduced(lowered.compile().as_text()))
+    # Compiled, as layers of one shape share a function of the lowered program.
+    return len(reduced(jax.jit(step).lower(jnp.ones((16, 3))).compile().as_text()))
 
 
 def test_a_remat_policy_keeps_the_moments():
     policies = jax.checkpoint_policies
-    assert remat_collectives(policies.everything_saveable) == (6, 6)
-    issued, compiled = remat_collectives(None)
-    assert issued == 9
-    assert compiled > 6
+    assert remat_collectives(policies.everything_saveable) == 6
+    assert remat_collectives(None) > 6
     keep = policies.save_only_these_names("jaxbn_moments")
-    assert remat_collectives(keep) == (6, 6)
+    assert remat_collectives(keep) == 6
 
 
 TPU = """
