@@ -261,9 +261,9 @@ class Sampled(NamedTuple):
 
 
 class SampledWhereFree(NamedTuple):
-    """The same on CPUs and GPUs; elsewhere it is `otherwise`.
+    """The same on one CPU or GPU; elsewhere it is `otherwise`.
 
-    On TPUs, XLA sums what a convolution or matrix product writes in the same kernel,
+    Over several devices it would cost a collective. On TPUs, XLA sums what a convolution or matrix product writes in the same kernel,
     but cannot do so about a shift that depends on the result.
     """
 
@@ -385,7 +385,8 @@ def _shift_of(shift: Shift, batch: Batch) -> jax.Array | None:
     # The kernels of CPUs need no shift.
     platforms = GPUS if batch.kernels else (*CPU, *GPUS)
     general, special = Bound(_otherwise, ()), Bound(_sampled, (how,))
-    return Operation(general, special, platforms, mapped=True)(*operands)[0]
+    options = {"mapped": True, "alone": True}
+    return Operation(general, special, platforms, **options)(*operands)[0]
 
 
 def _otherwise(x, weights, otherwise) -> tuple[jax.Array]:

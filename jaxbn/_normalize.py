@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
@@ -160,7 +159,7 @@ def optional_vector(
     return checked_vector(name, vector, x, feature_axes, dtype)
 
 
-def checked_epsilon(epsilon: ArrayLike) -> jax.Array | np.ndarray:
+def checked_epsilon(epsilon: ArrayLike) -> Any:
     """Epsilon as a scalar array without gradient."""
     values = _dtypes.known(epsilon)
     if values is not None and not jnp.issubdtype(values.dtype, jnp.number):

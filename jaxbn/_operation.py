@@ -20,6 +20,7 @@ from jax.interpreters import ad, batching, mlir
 # The platforms that may have their own form.
 CPU, GPUS = ("cpu",), ("cuda", "rocm")
 PLATFORMS = (*CPU, *GPUS)
+OPTIONS = ("platforms", "demanded", "mapped", "alone")
 
 
 class Bound(NamedTuple):
@@ -38,7 +39,8 @@ class Operation(NamedTuple):
 
     They must be hashable. `demanded` makes lowering for other platforms an error.
     `mapped` says that the special form is plain JAX: `jax.vmap` maps it as well, not
-    the general one alone, and it is traced only where it is lowered.
+    the general one alone, and it is traced only where it is lowered. `alone` keeps it
+    to programs for one device.
     """
 
     general: Callable
@@ -46,6 +48,7 @@ class Operation(NamedTuple):
     platforms: tuple[str, ...]
     demanded: bool = False
     mapped: bool = False
+    alone: bool = False
 
     def __call__(self, *operands: Any) -> tuple:
         """Runs the operation. Operands may be None."""
@@ -58,10 +61,11 @@ class Operation(NamedTuple):
             platforms=self.platforms,
             demanded=self.demanded,
             mapped=self.mapped,
+            alone=self.alone,
         )
         return tuple(out)
 
-    def _kept(self, tree, where: tuple) -> Callable:
+    def _kept(self, tree, where: tuple) -> Any:
         if self.mapped:
             return Bound(_with_tree, (self.special, tree))
         # JAX looks for what needs the devices in the program before it is lowered.
@@ -101,7 +105,8 @@ def _impl(*leaves, **params):
 
 
 @functools.partial(
-    jax.jit, static_argnames=("general", "special", "platforms", "demanded", "mapped")
+    jax.jit,
+    static_argnames=("general", "special", "platforms", "demanded", "mapped", "alone"),
 )
 def _run(*leaves, **params):
     # Not traced under `jax.disable_jit`, nor when `jax_debug_nans` searches for a NaN.
@@ -172,8 +177,11 @@ def _lower(
     platforms,
     demanded,
     mapped,
+    alone,
 ):
-    chosen = platform in platforms
+    # Of a `jax.shard_map`, each device has a program of its own.
+    devices = getattr(ctx.module_context.axis_context, "num_devices", 1)
+    chosen = platform in platforms and not (alone and devices > 1)
     if demanded and not chosen:
         raise NotImplementedError(
             "`implementation` is 'native', but the program is lowered for another "

@@ -48,14 +48,14 @@ def median_of_means(
 
     An empty sample has the mean of the others.
     """
-    total = sum(sizes)
+    total: Any = sum(sizes)
     if not isinstance(total, jax.Array):  # Known: all of one size.
         if isinstance(total, int) and total == 0:
             return jnp.zeros_like(sums[0]) if fallback is None else fallback
         return _median_of(
             [of_one / size for of_one, size in zip(sums, sizes, strict=True)]
         )
-    mean = _sums.over(sum(sums), total)
+    mean = _sums.over(sum(sums[1:], sums[0]), total)
     if fallback is not None:
         mean = _devices.where(total > 0, mean, fallback.astype(mean.dtype))
     if len(sums) == 1:

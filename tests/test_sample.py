@@ -289,3 +289,20 @@ def test_other_words():
         ValueError, match="`use_fast_variance` must be True, False, 'sample'"
     ):
         layers.standard(use_fast_variance="mean")
+
+
+def test_on_several_devices_true_is_the_running_mean():
+    """Under `jit`, for which nothing but the program's devices tells that it is so."""
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
+    x = hard("normal", (64, 3), 1e3, np.random.default_rng(9))
+    placed = jax.device_put(x, NamedSharding(mesh, P("a")))
+
+    def compiled(choice):
+        layer = layers.standard(use_fast_variance=choice, implementation="xla")
+        params, state = layer.init(3)
+        step = jax.jit(lambda x: layer.apply(params, state, x, training=True))
+        return step.lower(placed).compile()
+
+    found = {choice: collectives(compiled(choice)) for choice in (*CHOICES,)}
+    assert len(found[True]) == len(found["running_mean"]) == 1
+    assert len(found["sample"]) == len(found[False]) == 2

@@ -60,9 +60,9 @@ def standard(
       use_fast_variance: The `shift` of the sums, as for `moments`. "sample" is exact
         from the first step, and takes one small all-reduce more on a batch that is
         split over devices. "running_mean" is the more exact the nearer it is. True
-        chooses "running_mean" on TPUs and if `axis_name` is given, else "sample". All
-        of them read `x` once; False takes two passes. The same holds for
-        `pseudo_samples`.
+        chooses "sample" in programs for one CPU or GPU without `axis_name`, else
+        "running_mean". All of them read `x` once; False takes two passes. The same
+        holds for `pseudo_samples`.
       unbiased: Whether to track the variance times n/(n − 1).
       example_weight: α, from 0 to 1. In a training batch of m examples, each example
         contributes 1/m to the statistics that normalize it. An α of about 1/m brings

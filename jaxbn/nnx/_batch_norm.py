@@ -44,8 +44,9 @@ class BatchNorm(Adapter, nnx.BatchNorm):
       use_fast_variance: The shift of the sums. "sample" takes it from the batch, which
         is exact from the first step, and needs one small all-reduce more on a batch
         that is split over devices. "running_mean" is the more exact the nearer it is.
-        True (Flax's default) chooses "running_mean" on TPUs and if `axis_name` is
-        given, else "sample". All of them read `x` once; False takes two passes.
+        True (Flax's default) chooses "sample" in programs for one CPU or GPU without
+        `axis_name`, else "running_mean". All of them read `x` once; False takes two
+        passes.
       param_dtype: The dtype of scale and bias. If complex, the running mean is too.
       promote_dtype: Called with `(x, mean, var, scale, bias)` and `dtype`, as in Flax;
         the mean and var that it returns are not used.
