@@ -263,8 +263,9 @@ class Sampled(NamedTuple):
 class SampledWhereFree(NamedTuple):
     """The same on one CPU or GPU; elsewhere it is `otherwise`.
 
-    Over several devices it would cost a collective. On TPUs, XLA sums what a convolution or matrix product writes in the same kernel,
-    but cannot do so about a shift that depends on the result.
+    Over several devices it would cost a collective. On TPUs, XLA sums what a
+    convolution or matrix product writes in the same kernel, but cannot do so about a
+    shift that depends on the result.
     """
 
     otherwise: jax.Array

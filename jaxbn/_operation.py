@@ -20,7 +20,6 @@ from jax.interpreters import ad, batching, mlir
 # The platforms that may have their own form.
 CPU, GPUS = ("cpu",), ("cuda", "rocm")
 PLATFORMS = (*CPU, *GPUS)
-OPTIONS = ("platforms", "demanded", "mapped", "alone")
 
 
 class Bound(NamedTuple):

@@ -99,9 +99,7 @@ def layer(
         options["axis_index_groups"] = None
     try:
         return _made(make, **options)
-    except (
-        TypeError
-    ):  # An option cannot be hashed, such as a momentum that is an array.
+    except TypeError:  # An option, such as an array, cannot be hashed.
         return make(**options)
 
 
