@@ -5,6 +5,8 @@ Prints a Markdown table and writes JSON for each target whose compiler is instal
     python benchmarks/network.py cpu h200 v5e
     python benchmarks/network.py h200 --networks critic --dtypes bfloat16
 
+The second command stores its cases with those of earlier runs of the same versions.
+
 A step is the gradients of all parameters, and the new statistics. Its program is
 compiled, not run, and no GPU or TPU is needed: what its kernels read and write, each
 operand once, has no noise, and is not a time. "none" is the network without its norms:
@@ -16,6 +18,7 @@ import argparse
 import collections
 import functools
 import itertools
+import json
 import os
 import pathlib
 import time
@@ -31,6 +34,7 @@ import jax
 import jax.numpy as jnp
 from _compiled import compile_for, cost_of, traced_for
 from _devices import TARGETS, devices, installed
+from _machine import versions
 from _networks import NETWORKS, Net
 from _programs import KINDS, kernels
 from _tables import RESULTS, markdown, write
@@ -142,6 +146,33 @@ def moved(compiled: Any) -> dict[str, int]:
     return {kind: total[kind] for kind in KINDS}
 
 
+class Store:
+    """The file of a target: cases in the order of NETWORKS, each once."""
+
+    def __init__(self, folder: pathlib.Path, target: str, small: bool) -> None:
+        self.path, self.target = folder / f"network_{target}.json", target
+        self.options: dict[str, Any] = {"small": small}
+        self.cases: dict[tuple, dict] = {}
+        if self.path.exists():
+            found = json.loads(self.path.read_text())
+            same = found["options"]["small"] == small
+            if same and found["versions"] == versions():
+                self.cases = {self.key(case): case for case in found["cases"]}
+
+    def key(self, case: dict) -> tuple:
+        """What tells a case from others."""
+        return tuple(case[word] for word in ("network", "dtype", "library"))
+
+    def add(self, case: dict) -> None:
+        """Writes the file after each case, as all of them take an hour."""
+        self.cases[self.key(case)] = case
+        order = [*itertools.product(NETWORKS, DTYPES, LIBRARIES)]
+        cases = sorted(self.cases.values(), key=lambda c: order.index(self.key(c)))
+        there = dict.fromkeys(case["network"] for case in cases)
+        shapes = {name: SHAPES[name][self.target] for name in there}
+        write(self.path, {**self.options, "shapes": shapes}, cases=cases)
+
+
 def main() -> None:
     """Prints a row when it is known."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -157,19 +188,15 @@ def main() -> None:
         parser.error(f"no target {', '.join(unknown)}: there are {', '.join(TARGETS)}")
     for target in installed(args.targets):
         print(f"\nGiB of a step, compiled for {target}\n")
-        cases = []
-        shapes = {name: SHAPES[name][target] for name in args.networks}
-        options = {"shapes": shapes, "small": args.small}
+        print(markdown(HEAD, [], left=3))
+        store = Store(args.out, target, args.small)
         kinds = itertools.product(args.networks, args.dtypes, args.libraries)
         for name, dtype, library in kinds:
             small = {"shape": (4, 32), **SMALL[name]} if args.small else {}
-            cases.append(measure(name, library, target, dtype, **small))
-            if len(cases) == 1:
-                print(markdown(HEAD, [], left=3))
-            cells = (str(cases[-1].get(word, "")) for word in HEAD)
+            case = measure(name, library, target, dtype, **small)
+            cells = (str(case.get(word, "")) for word in HEAD)
             print("| " + " | ".join(cells) + " |", flush=True)
-            # After each, as all of them take an hour.
-            write(args.out / f"network_{target}.json", options, cases=cases)
+            store.add(case)
             jax.clear_caches()
 
 

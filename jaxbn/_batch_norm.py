@@ -7,8 +7,10 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn import _axes, _devices, _dtypes, _kernels, _rules
-from jaxbn._moments import Batch, Moments, checked_batch, moments_about, shift_named
+from jaxbn._batch import Batch, checked_batch
+from jaxbn._moments import Moments, moments_about
 from jaxbn._normalize import checked_epsilon, optional_vector
+from jaxbn._shift import shift_named
 
 
 @_dtypes.mixing

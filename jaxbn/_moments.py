@@ -6,12 +6,18 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from jaxbn import _axes, _devices, _dtypes, _kernels, _sample, _sums
-from jaxbn._operation import CPU, GPUS, Bound, Operation
+from jaxbn import _axes, _devices, _dtypes, _kernels, _sums
+from jaxbn._batch import Batch, checked_batch
+from jaxbn._shift import (
+    Sampled,
+    SampledWhereFree,
+    Shift,
+    checked_shift,
+    shift_named,
+    shift_of,
+)
 
 
 class Moments(NamedTuple):
@@ -186,7 +192,7 @@ def merge_moments(
         return *sums, _sums.weighted_sum(var, weights, features)
 
     parts = Batch(mean, features, weights, axis_name)
-    whole = pooled(parts, _checked_shift(shift, parts), central_sums)
+    whole = pooled(parts, checked_shift(shift, parts), central_sums)
     if count.ndim == len(stacked):
         return whole._replace(count=whole.count.reshape(()))
     counts = jnp.broadcast_to(whole.count, whole.mean.shape)
@@ -198,80 +204,6 @@ def _leads(count: jax.Array, mean: jax.Array, stacked: tuple[int, ...]) -> bool:
     """Whether a count has the first axes of the mean, and the stacked axes lead."""
     first = stacked == tuple(range(len(stacked))) and count.ndim >= len(stacked)
     return first and count.shape == mean.shape[: count.ndim]
-
-
-class Batch(NamedTuple):
-    """A checked batch: an array, its weights, and the devices it is split over.
-
-    `kernels` compute the sums; if None, XLA does.
-    """
-
-    x: jax.Array
-    feature_axes: tuple[int, ...]
-    weights: jax.Array | None = None
-    axis_name: _devices.AxisName | None = None
-    axis_index_groups: tuple[tuple[int, ...], ...] | None = None
-    kernels: _kernels.Chosen | None = None
-
-    @property
-    def count(self) -> jax.Array:
-        """The total weight on this device."""
-        count = _sums.total_weight(self.x, self.weights, self.feature_axes)
-        if count.size == 1 and _devices.is_spread_further(
-            self.x, self.weights, self.axis_name
-        ):
-            # Features are split, one per device; weights, and thus counts, are not.
-            count = count.reshape(())
-        return count
-
-    @property
-    def total(self) -> jax.Array:
-        """The weighted sum on this device, as a constant."""
-        x = lax.stop_gradient(self.x)
-        return _sums.weighted_sum(x, self.weights, self.feature_axes)
-
-    def all_sum(self, *sums: jax.Array) -> list[jax.Array]:
-        """The sums over the devices, named for remat policies."""
-        total = _devices.all_sum(sums, self.axis_name, self.axis_index_groups)
-        return [checkpoint_name(s, "jaxbn_moments") for s in total]
-
-
-def checked_batch(
-    x: ArrayLike,
-    feature_axes: _axes.Axes,
-    weights: ArrayLike | None,
-    axis_name: _devices.AxisName | None,
-    axis_index_groups: _devices.Groups | None,
-    implementation: str | None,
-) -> Batch:
-    """Checks the arguments that users pass, and makes a batch of them."""
-    x = _dtypes.inexact_array("x", x)
-    axes = _axes.canonical(feature_axes, x.ndim)
-    if weights is not None:
-        weights = _axes.weights_like(weights, x, _dtypes.accumulation(x.dtype))
-    kernels = _kernels.choose(implementation, x, axes, weights)
-    axis_name, groups = _devices.hashable(axis_name, axis_index_groups)
-    return Batch(x, axes, weights, axis_name, groups, kernels)
-
-
-class Sampled(NamedTuple):
-    """A shift that is taken from the batch; `otherwise` if it has no sample."""
-
-    otherwise: jax.Array | None = None
-
-
-class SampledWhereFree(NamedTuple):
-    """The same on one CPU or GPU; elsewhere it is `otherwise`.
-
-    Over several devices it would cost a collective. On TPUs, XLA sums what a
-    convolution or matrix product writes in the same kernel, but cannot do so about a
-    shift that depends on the result.
-    """
-
-    otherwise: jax.Array
-
-
-Shift = ArrayLike | Sampled | SampledWhereFree | None
 
 
 def moments_about(shift: Shift, batch: Batch) -> Moments:
@@ -286,7 +218,7 @@ def moments_about(shift: Shift, batch: Batch) -> Moments:
 @functools.partial(jax.jit, static_argnums=0)
 def _moments_about(how: Batch, x: jax.Array, weights, shift) -> Moments:
     batch = how._replace(x=x, weights=weights)
-    shift, kernels = _shift_of(shift, batch), batch.kernels
+    shift, kernels = shift_of(shift, batch), batch.kernels
     if kernels and batch.axis_name is not None and shift is not None:
         kernels = _kernels.unless_for_accelerators(kernels)
     if not kernels:
@@ -361,56 +293,3 @@ def whole_count(m: Moments) -> jax.Array:
     mean, count = jnp.asarray(m.mean), jnp.asarray(m.count)
     count = jnp.expand_dims(count, tuple(range(count.ndim, mean.ndim)))
     return _devices.shard_like(jnp.broadcast_to(count, mean.shape), mean)
-
-
-def shift_named(shift: ArrayLike | str | None) -> Shift:
-    """What users pass as `shift`: "sample" is a `Sampled`."""
-    if not isinstance(shift, str):
-        return shift
-    if shift != "sample":
-        raise ValueError(
-            f"`shift` must be an array, 'sample' or None, got {shift!r}. 'sample' takes "
-            "it from the batch."
-        )
-    return Sampled()
-
-
-def _shift_of(shift: Shift, batch: Batch) -> jax.Array | None:
-    if not isinstance(shift, (Sampled, SampledWhereFree)):
-        return _checked_shift(shift, batch)
-    otherwise = _checked_shift(shift.otherwise, batch)
-    operands = *lax.stop_gradient((batch.x, batch.weights)), otherwise
-    how = batch._replace(x=None, weights=None, kernels=None)
-    if isinstance(shift, Sampled):
-        return _sampled(how, *operands)[0]
-    # The kernels of CPUs need no shift.
-    platforms = GPUS if batch.kernels else (*CPU, *GPUS)
-    general, special = Bound(_otherwise, ()), Bound(_sampled, (how,))
-    options = {"mapped": True, "alone": True}
-    return Operation(general, special, platforms, **options)(*operands)[0]
-
-
-def _otherwise(x, weights, otherwise) -> tuple[jax.Array]:
-    return (_devices.vary_like(otherwise, x),)
-
-
-def _sampled(how: Batch, x, weights, otherwise) -> tuple[jax.Array]:
-    batch = how._replace(x=x, weights=weights)
-    sums, sizes = _sample.sample_sums(x, weights, batch.feature_axes)
-    if batch.axis_name is not None:
-        sizes = [jnp.asarray(size, sums[0].real.dtype) for size in sizes]
-        total = batch.all_sum(*sums, *sizes)
-        sums, sizes = total[: len(sums)], total[len(sums) :]
-    if weights is None and 0 not in x.shape:
-        otherwise = None  # There is a sample.
-    return (_sample.median_of_means(sums, sizes, otherwise),)
-
-
-def _checked_shift(shift: ArrayLike | None, batch: Batch) -> jax.Array | None:
-    if shift is None:
-        return None
-    shift = lax.stop_gradient(_dtypes.inexact_array("shift", shift))
-    _dtypes.require_no_imaginary_loss("shift", shift, "x", batch.x.dtype)
-    _axes.require_features("shift", shift, batch.x, batch.feature_axes)
-    shift = shift.astype(_dtypes.widen(batch.x).dtype)
-    return jnp.where(jnp.isfinite(shift), shift, 0)

@@ -25,6 +25,8 @@ FLOORS = [
     {"_sums"},
     {"_sample"},
     {"_kernels"},
+    {"_batch"},
+    {"_shift"},
     {"_moments", "_normalize"},
     {"_rules"},
     {"_batch_norm"},

@@ -14,16 +14,11 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxbn import _axes, _devices, _dtypes, _kernels, _sums
-from jaxbn._moments import (
-    Batch,
-    Moments,
-    Sampled,
-    Shift,
-    moments_about,
-    pooled,
-)
+from jaxbn._batch import Batch
+from jaxbn._moments import Moments, moments_about, pooled
 from jaxbn._normalize import checked_epsilon, factors
 from jaxbn._running_stats import RunningStats
+from jaxbn._shift import Sampled, Shift
 from jaxbn.layers._domains import Domains
 from jaxbn.layers._layer import Affine, Norm
 from jaxbn.layers._per_example import example_ids, has_one_position

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxbn._moments import Sampled, SampledWhereFree
+from jaxbn._shift import Sampled, SampledWhereFree
 
 SAMPLE, RUNNING_MEAN = "sample", "running_mean"
 

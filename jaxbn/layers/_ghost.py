@@ -6,12 +6,8 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxbn import _axes, _devices, _dtypes
-from jaxbn._moments import (
-    Moments,
-    checked_batch,
-    merge_moments,
-    moments_about,
-)
+from jaxbn._batch import checked_batch
+from jaxbn._moments import Moments, merge_moments, moments_about
 from jaxbn._running_stats import Momentum, RunningStats, update
 from jaxbn.layers._ghost_groups import GhostGroups, ghost_groups
 from jaxbn.layers._layer import (

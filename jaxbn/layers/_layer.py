@@ -11,13 +11,9 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxbn import _axes, _devices, _dtypes
+from jaxbn._batch import Batch, checked_batch
 from jaxbn._batch_norm import normalize_batch
-from jaxbn._moments import (
-    Batch,
-    Moments,
-    checked_batch,
-    moments_about,
-)
+from jaxbn._moments import Moments, moments_about
 from jaxbn._normalize import normalize_given
 from jaxbn._running_stats import RunningStats, init_stats
 from jaxbn.layers._fast_variance import chosen

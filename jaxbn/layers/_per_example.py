@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxbn import _axes, _devices, _dtypes, _sums
-from jaxbn._moments import Batch, Moments, checked_batch, moments_about
+from jaxbn._batch import Batch, checked_batch
+from jaxbn._moments import Moments, moments_about
 
 
 def example_moments(
