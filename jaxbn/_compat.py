@@ -6,15 +6,16 @@ import importlib.metadata
 import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import export, lax
 from jax.extend import core
 from jax.extend.core import primitives
 
 VERSION = jax.__version_info__
+Kind = TypeVar("Kind", bound=type)
 
 
 def varying(array: jax.Array) -> frozenset[str]:
@@ -130,6 +131,17 @@ class _Context:
 def user_context(default: Any) -> Any:
     """A value for the length of a context; functions are retraced where it differs."""
     return _Context(default) if VERSION < (0, 7, 2) else jax.make_user_context(default)
+
+
+def exportable(name: str) -> Callable[[Kind], Kind]:
+    """Lets `jax.export` serialize functions of a named tuple, under this name."""
+
+    def register(kind: Kind) -> Kind:
+        with contextlib.suppress(ValueError):  # A reloaded module registers it again.
+            export.register_namedtuple_serialization(kind, serialized_name=name)
+        return kind
+
+    return register
 
 
 def require_flax(name: str, *least: int) -> None:

@@ -65,13 +65,20 @@ def checked(name: str, dtype: DTypeLike) -> np.dtype:
 
 def number(name: str, value: ArrayLike) -> float:
     """Returns `value` as a Python float; raises unless it is one real number."""
-    numbers = known(value)
-    kinds = jnp.integer, jnp.floating
-    if numbers is None or not any(jnp.issubdtype(numbers.dtype, k) for k in kinds):
+    found = numbers(name, value)
+    if found is None:
         raise TypeError(f"`{name}` must be a number, got {value!r}.")
-    if numbers.ndim:
-        raise TypeError(f"`{name}` must be one number, got shape {numbers.shape}.")
-    return float(numbers)
+    if found.ndim:
+        raise TypeError(f"`{name}` must be one number, got shape {found.shape}.")
+    return float(found)
+
+
+def numbers(name: str, value: ArrayLike) -> np.ndarray | None:
+    """The real numbers in `value`; raises for others. None if they are not known."""
+    found, kinds = known(value), (jnp.integer, jnp.floating)
+    if found is not None and not any(jnp.issubdtype(found.dtype, k) for k in kinds):
+        raise TypeError(f"`{name}` must be a number, got {value!r}.")
+    return found
 
 
 def array(name: str, value: ArrayLike) -> jax.Array:

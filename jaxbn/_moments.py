@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxbn import _axes, _devices, _dtypes, _kernels, _sums
+from jaxbn import _axes, _compat, _devices, _dtypes, _kernels, _sums
 from jaxbn._batch import Batch, checked_batch
 from jaxbn._shift import (
     Sampled,
@@ -20,6 +20,7 @@ from jaxbn._shift import (
 )
 
 
+@_compat.exportable("jaxbn.Moments")
 class Moments(NamedTuple):
     """Mean, variance and size of a batch, or of part of one.
 
@@ -286,6 +287,13 @@ def _from_sums(
     if within is not None:
         var = var + _sums.over(within, count)
     return Moments(center + offset, var, count)
+
+
+def finite_only(m: Moments) -> Moments:
+    """The same moments, with count 0 where the mean or the variance is not finite."""
+    finite = jnp.isfinite(m.mean) & jnp.isfinite(m.var)
+    count = whole_count(m)
+    return m._replace(count=_devices.where(finite, count, jnp.zeros_like(count)))
 
 
 def whole_count(m: Moments) -> jax.Array:

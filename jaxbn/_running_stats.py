@@ -12,12 +12,13 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxbn import _axes, _devices, _dtypes
-from jaxbn._moments import Moments
+from jaxbn import _axes, _compat, _devices, _dtypes
+from jaxbn._moments import Moments, finite_only
 
 Momentum = ArrayLike | Callable[[jax.Array], ArrayLike]
 
 
+@_compat.exportable("jaxbn.RunningStats")
 class RunningStats(NamedTuple):
     """Running mean and variance. Structure, shapes and dtypes never change.
 
@@ -73,6 +74,7 @@ def update(
     *,
     momentum: Momentum = 0.99,
     unbiased: bool = False,
+    skip_nonfinite: bool = False,
 ) -> RunningStats:
     """Moves running statistics towards the moments of a batch.
 
@@ -86,6 +88,9 @@ def update(
         the shape of the features, or a function of `stats.step`: `cumulative()`,
         `debiased(0.99)`, or an optax schedule. Gradients stop there.
       unbiased: Whether to multiply the batch variance by n/(n − 1) where n > 1.
+      skip_nonfinite: Whether features whose batch mean or variance is infinite or NaN
+        keep their values, as features without weight do. Without it, one such batch
+        makes their statistics NaN for good.
 
     Returns:
       `RunningStats` with the dtypes of `stats`. In float16 and bfloat16, rounding is
@@ -95,8 +100,8 @@ def update(
       `step` if any feature had weight. No gradient passes.
 
     Raises:
-      TypeError: The moments are complex and the statistics real, or `unbiased` is not a
-        bool.
+      TypeError: The moments are complex and the statistics real, or `unbiased` or
+        `skip_nonfinite` is not a bool.
       ValueError: The shapes do not match `stats`, or a momentum is outside 0 to 1.
 
     Example:
@@ -111,7 +116,11 @@ def update(
       Ioffe and Szegedy, "Batch Normalization" (2015), section 3.1 and algorithm 2.
     """
     stats, moments = _as_arrays("stats", stats), _as_arrays("moments", moments)
-    _check_update(stats, moments, unbiased)
+    _check_update(stats, moments)
+    require_bool("unbiased", unbiased)
+    require_bool("skip_nonfinite", skip_nonfinite)
+    if skip_nonfinite:
+        moments = finite_only(moments)
     return _updated(bool(unbiased), stats, moments, old_weight(stats, momentum))
 
 
@@ -284,9 +293,13 @@ def _as_arrays(name: str, state: Any) -> Any:
     return state._replace(**arrays)
 
 
-def _check_update(stats: RunningStats, moments: Moments, unbiased: bool) -> None:
-    if not isinstance(unbiased, (bool, np.bool_)):
-        raise TypeError(f"`unbiased` must be True or False, got {unbiased!r}.")
+def require_bool(name: str, value: Any) -> None:
+    """Raises unless `value` is True or False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"`{name}` must be True or False, got {value!r}.")
+
+
+def _check_update(stats: RunningStats, moments: Moments) -> None:
     for name in ("mean", "var"):
         old, new = getattr(stats, name), getattr(moments, name)
         if old.shape != new.shape:

@@ -46,6 +46,7 @@ OPTIONS = {
     "momentum": (set(ANY) - {"streaming"}, (0.9, "cumulative", "array")),
     "use_fast_variance": (set(ANY) - {"streaming"}, (True, False)),
     "unbiased": (set(ANY) - {"streaming", "renorm"}, (False, True)),
+    "skip_nonfinite": (ANY, (False, False, True)),
     "derivatives": (("standard", "ghost", "renorm"), ("vjp", "jvp")),
     "strided": (("ghost",), (False, True)),
     "update_per_group": (("ghost",), (False, True)),

@@ -471,6 +471,20 @@ CASES = {
         ValueError,
         ["`example_weight`", "from 0 to 1", "2.0"],
     ),
+    "example weights of other features": (
+        lambda: layers.standard(example_weight=[0.1] * 7).apply(
+            *layers.standard().init(3), X, training=False
+        ),
+        ValueError,
+        ["`example_weight` has shape (7,)", "(3,)"],
+    ),
+    "pseudo samples of other features": (
+        lambda: layers.standard(pseudo_samples=np.ones(7)).apply(
+            *layers.standard().init(3), X, training=False
+        ),
+        ValueError,
+        ["`pseudo_samples` has shape (7,)", "(3,)"],
+    ),
     "momentum of streaming per feature": (
         lambda: layers.streaming(momentum=V),
         TypeError,

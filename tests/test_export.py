@@ -1,6 +1,10 @@
 """Programs that leave the process: symbolic batches, and no kernels where declined."""
 
+import os
 import re
+import subprocess
+import sys
+from functools import partial
 
 import family
 import jax
@@ -116,3 +120,43 @@ def test_modules_that_decline_kernels_have_none(name):
     for f in (of_linen, of_nnx):
         text = jax.jit(jax.grad(loss), static_argnums=1).lower(x, f).as_text()
         assert not re.findall(KERNEL, text)
+
+
+STATES = {
+    "RunningStats": jaxbn.init_stats(2),
+    "Moments": jaxbn.moments(jnp.ones((3, 2))),
+    "RenormStats": jaxbn.layers.renorm().init(2)[1],
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_functions_of_states_are_saved_and_loaded(name):
+    """As arguments and as results, in a tree."""
+    tree = {"own": STATES[name]}
+    double = jax.jit(lambda tree: jax.tree.map(lambda a: 2 * a, tree))
+    saved = export.export(double)(tree).serialize()
+    loaded = export.deserialize(saved).call(tree)
+    assert type(loaded["own"]) is type(STATES[name])
+    jax.tree.map(assert_close, loaded, double(tree))
+
+
+def test_a_step_is_saved_with_a_symbolic_batch():
+    layer = jaxbn.layers.standard(implementation="xla")
+    params, state = layer.init(3)
+
+    def step(params, state, x):
+        return layer.apply(params, state, x, training=True)
+
+    (b,) = export.symbolic_shape("b")
+    x = jax.ShapeDtypeStruct((b, 3), jnp.float32)
+    saved = export.export(jax.jit(step))(params, state, x).serialize()
+    x = numbers((5, 3), "float32")
+    y, new = export.deserialize(saved).call(params, state, x)
+    wanted, expected = step(params, state, x)
+    assert_close(y, wanted, 1e-5, 1e-5)
+    jax.tree.map(partial(assert_close, rtol=1e-5), new, expected)
+
+
+def test_a_module_that_is_loaded_again_registers_once():
+    program = "import importlib, jaxbn; importlib.reload(jaxbn._running_stats)"
+    subprocess.run([sys.executable, "-c", program], check=True, env=os.environ)

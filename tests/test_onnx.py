@@ -85,6 +85,38 @@ def test_variants(kind, name):
         assert_exported(lambda x: layer(x, **given), x)
 
 
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_folded_programs(kind):
+    if kind == "linen":
+        variables, net = moved(Net().init(KEY, X)), Net()
+        infer = lambda variables, x: net.apply(variables, x)
+    else:
+        net = NNXNet(rngs=nnx.Rngs(0))
+        net.eval()
+        graphdef, variables = nnx.split(net)
+        variables = moved(variables)
+        infer = lambda state, x: nnx.merge(graphdef, state)(x)
+    folded_fn, folded = jaxbn.folding.fold(infer, variables, X)
+    assert_exported(lambda x: folded_fn(folded, x), X)
+    assert_close(folded_fn(folded, X), infer(variables, X), 1e-4, 1e-5)
+
+
+def test_branches_that_are_merged():
+    class Branches(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            norm = partial(jaxbn.linen.BatchNorm, True)
+            y = norm()(nn.Conv(3, (3, 3))(x)) + norm()(nn.Conv(3, (1, 1))(x))
+            return nn.relu(y + norm()(x))
+
+    net = Branches()
+    variables = moved(net.init(KEY, X))
+    infer = lambda variables, x: net.apply(variables, x)
+    folded_fn, folded = jaxbn.folding.fold(infer, variables, X)
+    assert len(folded) == 2
+    assert_exported(lambda x: folded_fn(folded, x), X)
+
+
 def test_features_are_refused_as_ever_while_exporting():
     jax2onnx = pytest.importorskip("jax2onnx", reason=MISSING)
     net = jaxbn.nnx.BatchNorm(2, use_running_average=True, rngs=nnx.Rngs(0))

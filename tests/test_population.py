@@ -178,6 +178,49 @@ def test_adapt_is_the_mix_of_the_paper(x64, prior):
     assert_close(got.var, share * stats.var + (1 - share) * var, rtol=1e-13)
 
 
+@pytest.mark.parametrize("kind", ["number", "array", "tree"])
+def test_adapt_to_a_mixture(x64, kind):
+    """The statistics of both domains' data, in these parts."""
+    old, new = (numbers((8, 2), "float64", seed, mean=seed) for seed in (1, 4))
+    stats = {
+        name: jaxbn.RunningStats(*jaxbn.moments(old)[:2], jnp.int32(7)) for name in "ab"
+    }
+    m = {name: jaxbn.moments(new) for name in "ab"}
+    own = {"number": 0.25, "array": np.array([0.25, 0.5])}
+    weight = own.get(kind, {"a": 0.25, "b": own["array"]})
+    got = adapt(stats, m, weight=weight)
+    for name in "ab":
+        share = weight[name] if kind == "tree" else weight
+        for i, a in enumerate(np.broadcast_to(share, (2,))):
+            parts = [old[:, i]] * int(4 * (1 - a)) + [new[:, i]] * int(4 * a)
+            assert_close(got[name].mean[i], np.mean(parts), rtol=1e-13)
+            assert_close(got[name].var[i], np.var(parts), rtol=1e-13)
+        assert got[name].step == 8
+
+
+def test_mixtures_of_stacked_layers_and_of_renorm(x64):
+    x = numbers((3, 8, 2), "float64", mean=3.0)
+    stacked = jax.vmap(lambda _: jaxbn.init_stats(2))(jnp.arange(3))
+    m = jax.vmap(jaxbn.moments)(x)
+    weight = np.array([0.25, 1.0])
+    got = adapt(stacked, m, weight=weight)
+    for i in range(3):
+        own, part = (jax.tree.map(lambda a, i=i: a[i], tree) for tree in (stacked, m))
+        alone = adapt(own, part, weight=weight)
+        jax.tree.map(assert_close, jax.tree.map(lambda a, i=i: a[i], got), alone)
+    _, renorm = jaxbn.layers.renorm().init(2)
+    part = jax.tree.map(lambda a: a[0], m)
+    got = adapt(renorm, part, weight=1.0)
+    assert_close(got.std, np.sqrt(part.var), rtol=1e-6)
+
+
+def test_features_without_weight_do_not_mix():
+    m = jaxbn.moments(jnp.full((3, 2), 9.0), weights=jnp.array([True, False]))
+    got = adapt(jaxbn.init_stats(2), m, weight=0.5)
+    assert_close(got.mean, [4.5, 0.0])
+    assert_close(got.var, [0.5 + 0.25 * 81, 1.0])
+
+
 def test_adapt_in_a_compiled_function():
     stats = {"a": jaxbn.init_stats(2)}
     x = numbers((8, 2), "float32")
@@ -211,6 +254,10 @@ STATS, MOMENTS = jaxbn.init_stats(2), jaxbn.moments(jnp.ones((3, 2)))
         (lambda: adapt(STATS, MOMENTS, pseudo_samples=4), "`samples` is needed"),
         (lambda: adapt(STATS, MOMENTS, pseudo_samples=-1), "`pseudo_samples` must be"),
         (lambda: adapt(STATS, MOMENTS, samples=-1), "`samples` must be a number of"),
+        (lambda: adapt(STATS, MOMENTS, weight=1.5), "`weight` is that of `moments`"),
+        (lambda: adapt(STATS, MOMENTS, weight=np.ones(3)), r"`weight` of layer '' has"),
+        (lambda: adapt(STATS, MOMENTS, weight={"a": 1.0}), "`weight` must be a number"),
+        (lambda: adapt(STATS, MOMENTS, weight=1, samples=3), "Give one of the two"),
         (lambda: adapt({"a": STATS}, {"b": MOMENTS}), "are of different layers"),
         (lambda: adapt({}, {}), "`stats` has no layer"),
         (lambda: drift(jaxbn.init_stats(3), MOMENTS), "features of shape"),

@@ -10,6 +10,7 @@ import optax
 import oracle
 import pytest
 from data import assert_close, numbers, wide
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 from spread import mesh_of
 
@@ -195,6 +196,51 @@ def test_example_weight_mixes_raw_moments(alpha, masked):
     first = (1 - alpha) * 0.5 + alpha * own.mean
     second = (1 - alpha) * (2 + 0.25) + alpha * (own.var + own.mean**2)
     assert_close(y, oracle.normalize(x, first, second - first**2), 1e-4, 1e-4)
+
+
+@pytest.mark.parametrize("option", ["example_weight", "pseudo_samples"])
+@pytest.mark.parametrize("kind", ["layer", "linen", "nnx"])
+def test_weights_of_features(option, kind):
+    """An array is as its numbers, feature by feature."""
+    values = {"example_weight": [0.0, 0.3, 1.0], "pseudo_samples": [0.0, 8.0, np.inf]}
+    x = numbers((4, 5, 3), "float32", mean=2.0)
+
+    def infer(value):
+        if kind == "layer":
+            layer = layers.standard(**{option: value})
+            return layer.apply(*layer.init(3), x, training=False)[0]
+        if kind == "linen":
+            module = jaxbn.linen.BatchNorm(True, **{option: value})
+            return module.apply(module.init(jax.random.key(0), x), x)
+        module = jaxbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0), **{option: value})
+        return module(x, use_running_average=True)
+
+    own = values[option]
+    y = infer(np.asarray(own, np.float32))
+    for i, value in enumerate(own):
+        assert_close(y[..., i], infer(value)[..., i], rtol=1e-5, atol=1e-5)
+    assert_close(infer(jnp.asarray(own)), y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("option", ["example_weight", "pseudo_samples"])
+def test_traced_weights_have_gradients(option):
+    """TTN learns them."""
+    x, weight = numbers((4, 5, 3), "float32", mean=2.0), jnp.array([0.2, 0.5, 0.8])
+
+    @jax.jit
+    @jax.grad
+    def slope(weight):
+        layer = layers.standard(**{option: weight})
+        return jnp.sum(layer.apply(*layer.init(3), x, training=False)[0] ** 2)
+
+    def total(weight):
+        layer = layers.standard(**{option: np.asarray(weight)})
+        return jnp.sum(layer.apply(*layer.init(3), x, training=False)[0] ** 2)
+
+    for i, found in enumerate(slope(weight)):
+        step = np.eye(3)[i] * 1e-2
+        difference = total(weight + step) - total(weight - step)
+        assert_close(found, difference / 2e-2, rtol=2e-2, atol=1e-2)
 
 
 def test_example_weight_1_over_m_is_the_expectation_of_the_batch():

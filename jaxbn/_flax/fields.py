@@ -24,7 +24,7 @@ LATE_MOMENTUM = (
 
 # The options that a module passes to its layer, from fields with the same names.
 COMMON = ("momentum", "epsilon", "use_scale", "use_bias", "axis_name", "dtype")
-COMMON += ("param_dtype", "implementation")
+COMMON += ("param_dtype", "implementation", "skip_nonfinite")
 OPTIONS: dict[Callable[..., layers.Layer], tuple[str, ...]] = {
     layers.standard: (
         "use_fast_variance",

@@ -9,4 +9,5 @@ from jaxbn.folding._dense import fold_dense as fold_dense
 from jaxbn.folding._fold import fold as fold
 from jaxbn.folding._report import FoldedLayer as FoldedLayer
 from jaxbn.folding._report import FoldReport as FoldReport
+from jaxbn.folding._report import MergedBranches as MergedBranches
 from jaxbn.folding._report import report as report

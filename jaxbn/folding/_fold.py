@@ -16,12 +16,20 @@ def fold(
         conv(x, W) + b, normalized   →   conv(x, W') + b'
         W' = W·a    b' = (b − mean)·a + bias    a = scale / √(var + epsilon)
 
+    and parallel branches into one layer, as RepVGG does it:
+
+        conv(x, W₁) + b₁ + conv(x, W₂) + b₂ + a·x + c   →   conv(x, W) + b
+
     Finds each `jaxbn.normalize` whose statistics come from `params` and which follows a
     convolution or matrix product (and the addition of a bias) that nothing else uses,
     or precedes one. Folds it into that layer's kernel and bias: exact, up to rounding,
     for any network of `jaxbn.linen`, `jaxbn.nnx` or plain functions. Computations on
     `params` alone are done once, here, before any cast to a narrower dtype. Other
     normalizations do not change; `report` lists them with the reason.
+
+    Then adds up convolutions of one input (of any sizes that fit one grid, with the
+    same strides and groups), or matrix products, and the input itself, if it is
+    normalized, wherever the sum has a batch norm that folds.
 
     `x·W' + b'` loses digits where |mean| is far above √var, while `normalize` does not;
     a kernel in float16 may overflow where a·W is above 65504. `jax.checkpoint` (also as
@@ -70,7 +78,8 @@ def fold(
 
     References:
       Jacob et al., "Quantization and Training of Neural Networks for Efficient
-      Integer-Arithmetic-Only Inference" (2018), section 3.2.
+      Integer-Arithmetic-Only Inference" (2018), section 3.2. Ding et al., "RepVGG:
+      Making VGG-style ConvNets Great Again" (2021), section 3.3, for the branches.
     """
     abstract = shapes_of(inference_fn, params)
     plans: dict[Hashable, tuple[Callable[..., Any], Any]] = {}

@@ -71,6 +71,15 @@ def read(op: Op) -> Normalization | Left:
     )
 
 
+def of(op: Op) -> Normalization | None:
+    """The normalization that an operation is, if it applies parameters to data."""
+    name = op.params.get("name")
+    if not (isinstance(name, str) and _program.is_marker(name)):
+        return None
+    found = read(op)
+    return found if isinstance(found, Normalization) else None
+
+
 def operands(op: Op) -> dict[str, Value]:
     """The operands of a marker, by name; empty if the call was changed."""
     names = _normalize.operands_of(op.params["name"]) or []

@@ -29,9 +29,10 @@ class Vector(NamedTuple):
 class Match:
     """How to fold a normalization.
 
-    `product` is the layer, and `axes` are the kernel axes that the vectors run along.
-    `biases` are added between the two, `chain` has the other operations between them,
-    and `out` is the value to replace; it has its features at `out_axes`.
+    `position` is "after" or "before" the layer, or "beside" it, as a branch that was
+    added to it. `product` is the layer, and `axes` are the kernel axes that the vectors
+    run along. `biases` are added between the two, `chain` has the other operations
+    between them, and `out` is the value to replace; it has its features at `out_axes`.
     """
 
     position: str
@@ -47,7 +48,7 @@ def match(norm: Normalization, program: Program, position: str) -> Match:
     """The layer before or after the normalization; raises `No`."""
     users = program.users()
     found = _after(norm, users) if position == "after" else _before(norm, users)
-    _require_own_kernel(found.product, users)
+    require_own_kernel(found.product, users)
     _require_range(found.product.kernel.dtype)
     vectors = [*norm.vectors, *(bias.value for bias in found.biases)]
     if not jnp.issubdtype(found.product.kernel.dtype, jnp.complexfloating) and any(
@@ -139,7 +140,8 @@ def _own_bias(
     return user.outputs[0], [found[1]]
 
 
-def _require_own_kernel(found: Product, users: dict) -> None:
+def require_own_kernel(found: Product, users: dict) -> None:
+    """Raises `No` unless the kernel is a parameter that nothing else uses."""
     value = found.kernel
     if value.of != PARAMS:
         raise No(f"the kernel of the {found.kind} is not from `params`")

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxbn.folding import _layout, _program, _rewrite
+from jaxbn.folding import _layout, _merge, _program, _rewrite
 from jaxbn.folding._program import PARAMS, Op, Program, Value
 from jaxbn.folding._structure import structure
 
@@ -27,6 +27,7 @@ class Plan:
     program: Program
     order: list[Op]
     results: _rewrite.Results
+    merged: list[_merge.Merged]
     paths: dict[Value, str]
     ops: list[Op]
     names: dict[str, Value]
@@ -65,6 +66,7 @@ def plan(closed: Any, paths: Sequence[str]) -> Plan:
     program = _program.program_of(closed, len(paths))
     order = list(program.ops)
     results = _rewrite.fold_all(program)
+    merged = _merge.merge_all(program, results)
     late = _late(program)
 
     def once(value: Value) -> bool:
@@ -81,7 +83,7 @@ def plan(closed: Any, paths: Sequence[str]) -> Plan:
     used = [v for op in ops for v in op.inputs] + program.outputs
     boundary = dict.fromkeys(v for v in used if once(v))
     own = dict(zip(program.params, paths, strict=True))
-    return Plan(program, order, results, own, ops, _names(list(boundary), own))
+    return Plan(program, order, results, merged, own, ops, _names(list(boundary), own))
 
 
 def _late(program: Program) -> set[Value]:

@@ -5,9 +5,11 @@ from typing import Any, NamedTuple
 
 from jaxbn import _compat
 from jaxbn.folding import _markers, _plan, _program
+from jaxbn.folding._branches import Branch
 from jaxbn.folding._fold import shapes_of, trace
 from jaxbn.folding._markers import Left
 from jaxbn.folding._match import Match
+from jaxbn.folding._merge import Merged
 
 INFERENCE = (
     "what folds is inference by running statistics (`training=False`, "
@@ -28,7 +30,8 @@ class FoldedLayer(NamedTuple):
       path: The path of its statistics in `params`, such as "batch_stats/BatchNorm_0",
         or of its scale or bias if the statistics come from elsewhere.
       into: The path of the kernel that it was folded into, or None if it is left.
-      position: "after" or "before" that layer, or None.
+      position: "after" or "before" that layer, "beside" it if it normalizes the layer's
+        input and was added to the layer, or None.
       reason: Why it is left, or None.
 
     Example:
@@ -43,11 +46,31 @@ class FoldedLayer(NamedTuple):
     reason: str | None
 
 
+class MergedBranches(NamedTuple):
+    """Parallel branches of a program that are one layer after folding.
+
+    Attributes:
+      into: The path of the kernel that has all of them.
+      branches: The paths of the kernels that were added up. In place of a kernel, a
+        normalized input has the path of its statistics, and the input itself has
+        "(input)".
+
+    Example:
+      >>> from jaxbn.folding import MergedBranches
+      >>> MergedBranches("a/kernel", ("a/kernel", "b/kernel", "(input)")).into
+      'a/kernel'
+    """
+
+    into: str
+    branches: tuple[str, ...]
+
+
 class FoldReport(NamedTuple):
     """Every normalization of a program; prints as a table.
 
     Attributes:
       layers: A tuple of `FoldedLayer`, in the order of the program.
+      merged: A tuple of `MergedBranches`.
 
     Example:
       >>> from jaxbn.folding import FoldedLayer, FoldReport
@@ -57,6 +80,7 @@ class FoldReport(NamedTuple):
     """
 
     layers: tuple[FoldedLayer, ...]
+    merged: tuple[MergedBranches, ...] = ()
 
     @property
     def folded(self) -> tuple[FoldedLayer, ...]:
@@ -78,6 +102,7 @@ class FoldReport(NamedTuple):
             + (f"left: {reason}" if reason else f"folded, {position} {into}")
             for path, into, position, reason in self.layers
         ]
+        lines += [f"{into}  = {' + '.join(own)}" for into, own in self.merged]
         return "\n".join([*lines, count])
 
 
@@ -129,7 +154,7 @@ def report(
             FoldedLayer(_path(mean, op, plan.paths), None, None, _why_inside(op, mean))
             for mean in _program.markers_inside(op)
         ]
-    return FoldReport(tuple(layers))
+    return FoldReport(tuple(layers), tuple(_branches_of(m, plan) for m in plan.merged))
 
 
 def _layer(op: _program.Op, found: Match | Left, paths: dict) -> FoldedLayer:
@@ -142,6 +167,18 @@ def _layer(op: _program.Op, found: Match | Left, paths: dict) -> FoldedLayer:
         return FoldedLayer(path, None, None, reason)
     into = _plan.path_of(found.product.kernel, paths)
     return FoldedLayer(path, into, found.position, None)
+
+
+def _branches_of(merged: Merged, plan: _plan.Plan) -> MergedBranches:
+    def path_of(branch: Branch) -> str:
+        if branch.product is not None:
+            return _plan.path_of(branch.product.kernel, plan.paths)
+        if branch.norm is not None:
+            return _path(branch.norm.mean, branch.norm.op, plan.paths)
+        return "(input)"
+
+    into = _plan.path_of(merged.product.kernel, plan.paths)
+    return MergedBranches(into, tuple(map(path_of, merged.branches)))
 
 
 def _why_inside(op: _program.Op, mean: _program.Value | None) -> str:

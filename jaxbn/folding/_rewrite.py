@@ -58,15 +58,15 @@ def _rewrite(program: Program, norm: Normalization, found: Match) -> None:
     layer = found.product.op
     old = found.product.kernel
     kernel, bias = _kernel_and_bias(norm, found).outputs
-    layer.inputs[found.product.kernel_index] = _varying(_cast(kernel, old.dtype), old)
+    layer.inputs[found.product.kernel_index] = varying(cast(kernel, old.dtype), old)
     value = layer.outputs[0]
     for op in found.chain:
         value = again(op, value).outputs[0]
-    bias = _cast(bias, value.dtype) if value.dtype == found.out.dtype else bias
-    new = _add(value, _varying(bias, old), found.out_axes, found.out.dtype)
+    bias = cast(bias, value.dtype) if value.dtype == found.out.dtype else bias
+    new = add(value, varying(bias, old), found.out_axes, found.out.dtype)
     program.replace(found.out, new)
     if found.position == "before":
-        program.replace(norm.y, _cast(norm.x, norm.y.dtype))
+        program.replace(norm.y, cast(norm.x, norm.y.dtype))
 
 
 def _kernel_and_bias(norm: Normalization, found: Match) -> Op:
@@ -81,7 +81,7 @@ def _kernel_and_bias(norm: Normalization, found: Match) -> Op:
         vectors: dict[Any, Any] = dict(zip(given, wide, strict=False))
         mean, var = vectors[norm.mean], vectors[norm.var]
         scale, summand = vectors.get(norm.scale), vectors.get(norm.bias)
-        bias = _sum(wide[len(given) :], found.biases)
+        bias = sum_of(wide[len(given) :], found.biases)
         if found.position == "after":
             own = mean - bias  # A bias before a normalization shifts its mean.
             factor, offset = _arithmetic.affine(own, var, scale, summand, epsilon)
@@ -89,7 +89,7 @@ def _kernel_and_bias(norm: Normalization, found: Match) -> Op:
         factor, offset = _arithmetic.affine(mean, var, scale, summand, epsilon)
         return _before(kernel, bias, factor, offset, found)
 
-    return derived(KERNEL_AND_BIAS, function, [_widened(v) for v in values])
+    return derived(KERNEL_AND_BIAS, function, [widened(v) for v in values])
 
 
 def _before(kernel, bias, factor, offset, found: Match):
@@ -105,7 +105,7 @@ def _before(kernel, bias, factor, offset, found: Match):
     return kernel, moved + bias
 
 
-def _sum(arrays: Sequence[jax.Array], vectors: Sequence[Vector]):
+def sum_of(arrays: Sequence[jax.Array], vectors: Sequence[Vector]):
     """The sum of the biases, each laid out like the features."""
     total = 0
     for array, vector in zip(arrays, vectors, strict=True):
@@ -116,7 +116,7 @@ def _sum(arrays: Sequence[jax.Array], vectors: Sequence[Vector]):
     return total
 
 
-def _widened(value: Value, exact: bool = False) -> Value:
+def widened(value: Value, exact: bool = False) -> Value:
     """The value before any cast, with its present layout.
 
     But not before a cast that rounds, if an `exact` cast to a wider dtype follows: that
@@ -127,14 +127,14 @@ def _widened(value: Value, exact: bool = False) -> Value:
         return value
     if _layout.is_cast(op):
         rounds = _layout.rounds(op)
-        return value if exact and rounds else _widened(op.inputs[0], not rounds)
-    inner = _widened(op.inputs[0], exact)
+        return value if exact and rounds else widened(op.inputs[0], not rounds)
+    inner = widened(op.inputs[0], exact)
     if op.name in _layout.VARYING:
         return inner
     return value if inner is op.inputs[0] else again(op, inner).outputs[0]
 
 
-def _varying(value: Value, like: Value) -> Value:
+def varying(value: Value, like: Value) -> Value:
     """Makes `value` vary over the mesh axes that `like` was made to vary over."""
     op = like.op
     while op is not None and _layout.is_layout(op) | _layout.is_cast(op):
@@ -144,14 +144,15 @@ def _varying(value: Value, like: Value) -> Value:
     return value
 
 
-def _cast(value: Value, dtype) -> Value:
+def cast(value: Value, dtype) -> Value:
+    """`value` in another dtype."""
     if value.dtype == dtype:
         return value
     function = lambda a: (a.astype(dtype),)  # noqa: E731
     return derived("convert_element_type", function, [value]).outputs[0]
 
 
-def _add(value: Value, bias: Value, axes: tuple[int, ...], dtype) -> Value:
+def add(value: Value, bias: Value, axes: tuple[int, ...], dtype) -> Value:
     """`value` plus a bias along `axes`, in `dtype`."""
 
     def function(value, bias):

@@ -1,4 +1,4 @@
-"""For optimizers and averages: which parameters decay, and states that are averaged."""
+"""For optimizers and averages: masks of parameters, and states that are averaged."""
 
 import re
 from collections import defaultdict
@@ -18,6 +18,17 @@ OF_NORMS = {"scale", "offset", "gamma", "beta", "scale_kernel", "bias_kernel"}
 BIAS = re.compile(r"b|(.*_)?bias(_.*)?")
 # BatchNorm, RMSNorm, InstanceNorm2d, GroupNormalization, BatchRenorm.
 NORM_CLASS = re.compile(r".*norm(alization)?(\dd)?", re.IGNORECASE)
+# Words of a name, in the spellings of layers, classes and abbreviations.
+OF_BATCH = re.compile(r"batch_?(re)?_?norm|(^|_)bn(\d|_|$)|^bn\w*norm", re.IGNORECASE)
+OF_OTHERS = re.compile(
+    r"(layer|group|instance|rms|spectral|weight|filter|scale|power)_?norm"
+    r"|(^|_)(ln|gn|in|rms)(_?\d+)?$",
+    re.IGNORECASE,
+)
+# Linen names the parameters of these by the kernels that they normalize.
+OF_KERNELS = re.compile(r"(Weight|Spectral)Norm_\d+")
+# Names of running means in Flax, torch, Keras and Haiku.
+MEANS = {"mean", "running_mean", "moving_mean", "mean_ema"}
 
 Path = tuple[str, ...]
 
@@ -83,6 +94,68 @@ def weight_decay_mask(params: Any, *, biases: bool = False) -> Any:
     return treedef.unflatten(decayed)
 
 
+def batch_norm_mask(params: Any, statistics: Any = None) -> Any:
+    """The parameters of batch norms, as a mask for optax.
+
+        True     for scale and bias of each batch norm, also by class or domain
+        False    for all others, those of layer and group norms among them
+
+    With it, an optimizer freezes the batch norms, trains them alone, or treats them
+    differently (`optax.selective_transform`, `optax.masked`, the masks of
+    `optax.lars`).
+
+    A batch norm is what has running statistics. Without `statistics`, it is recognized
+    by the name of its module or class: "BatchNorm_0", "batch_normalization", "bn1",
+    "BatchRenorm".
+
+    Args:
+      params: The parameters, as for `weight_decay_mask`.
+      statistics: The statistics of the same model, in a tree with the same paths:
+        `variables["batch_stats"]` in linen, `nnx.state(model, nnx.BatchStat)` in nnx,
+        the state in Haiku, the states of jaxbn's layers. They decide in place of names;
+        classes, as in Equinox, need none.
+
+    Returns:
+      A tree like `params` with True for each parameter of a batch norm, and False for
+      the others.
+
+    Raises:
+      ValueError: There are no `statistics`, and the names of some norms do not say
+        whether they are batch norms.
+
+    Example:
+      >>> import jax, jaxbn, optax
+      >>> norm = {"scale": 1.0, "bias": 0.0}
+      >>> params = {"kernel": 1.0, "bias": 0.0, "BatchNorm_0": norm, "norm": norm}
+      >>> batch_stats = {"BatchNorm_0": {"mean": 0.0, "var": 1.0}}
+      >>> mask = jaxbn.interop.optax.batch_norm_mask(params, batch_stats)
+      >>> print(mask["BatchNorm_0"], mask["norm"])
+      {'bias': True, 'scale': True} {'bias': False, 'scale': False}
+      >>> adam, rest = optax.adam(1e-3), jax.tree.map(lambda own: not own, mask)
+      >>> without_norms = optax.selective_transform(adam, freeze_mask=mask)
+      >>> only_norms = optax.selective_transform(adam, freeze_mask=rest)
+
+    References:
+      Wang et al., "Tent: Fully Test-time Adaptation by Entropy Minimization" (2021).
+      Frankle, Schwab and Morcos, "Training BatchNorm and Only BatchNorm" (2021).
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    modules: dict[Path, list] = defaultdict(list)
+    for path, leaf in leaves:
+        owner, _ = _holders(params, path)
+        kind = _kind(params, path, leaf)
+        modules[_names(path)[:-1]].append((kind, owner))
+    known = None if statistics is None else _paths_of_means(statistics)
+    of_batch = {path: _is_of_batch(path, own, known) for path, own in modules.items()}
+    if unclear := ["/".join(p) for p, found in of_batch.items() if found is None]:
+        raise ValueError(
+            f"The names of these norms do not say whether they are batch norms: "
+            f"{unclear}. Pass `statistics`, those of the model (in linen, "
+            "`variables['batch_stats']`)."
+        )
+    return treedef.unflatten(of_batch[_names(path)[:-1]] for path, _ in leaves)
+
+
 def incremental_update(new: Any, old: Any, step_size: ArrayLike) -> Any:
     """Moves a target network towards the network that is trained, counts included.
 
@@ -131,6 +204,38 @@ def incremental_update(new: Any, old: Any, step_size: ArrayLike) -> Any:
         return (wide + step_size * (new - wide)).astype(old.dtype)
 
     return jax.tree.map(moved, new, old)
+
+
+def _paths_of_means(statistics: Any) -> set[Path]:
+    """The paths of the modules that have a running mean."""
+    found = set()
+    for path, _ in jax.tree_util.tree_leaves_with_path(statistics):
+        names = _names(path)
+        for i, name in enumerate(names):
+            if name in MEANS:
+                # Haiku's averages are modules: "batch_norm/~/mean_ema".
+                found.add(names[: i - 1] if names[i - 1 : i] == ("~",) else names[:i])
+    return found
+
+
+def _is_of_batch(path: Path, own: list, known: set[Path] | None) -> bool | None:
+    """Whether a module with these kinds of parameters is a batch norm.
+
+    None if it is a norm, and nothing says which.
+    """
+    kinds = {kind for kind, _ in own}
+    classes = [c.__name__ for _, o in own if _is_norm(o) for c in type(o).__mro__]
+    if "weight" in kinds:
+        return False
+    if known is not None and not classes:
+        return path in known
+    names = classes or [path[-1] if path else ""]
+    if any(map(OF_BATCH.search, names)):
+        return True
+    if any(map(OF_OTHERS.search, names)) or any(map(OF_KERNELS.fullmatch, path)):
+        return False
+    is_norm = "norm" in kinds or any("norm" in name.lower() for name in names)
+    return None if is_norm else False
 
 
 def _kind(params: Any, path: tuple, leaf: Any) -> str:

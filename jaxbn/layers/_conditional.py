@@ -40,6 +40,7 @@ def conditional(
     param_dtype: DTypeLike = jnp.float32,
     stats_dtype: DTypeLike = jnp.float32,
     implementation: str | None = None,
+    skip_nonfinite: bool = False,
 ) -> Layer:
     """Conditional batch norm: scale and bias by the example's class or embedding.
 
@@ -71,6 +72,7 @@ def conditional(
       param_dtype: The dtype of the parameters.
       stats_dtype: The dtype of the running mean; complex for complex input.
       implementation: How the sums of a batch are computed, as for `moments`.
+      skip_nonfinite: As for `standard`.
 
     Returns:
       A `Layer`. `apply` also needs `condition`: integers from 0 to `num_classes` − 1,
@@ -137,6 +139,7 @@ def conditional(
         axis_index_groups,
         implementation,
         use_fast_variance,
+        skip_nonfinite,
     )
 
     def train(params, state: RunningStats, x, weights, condition=None):

@@ -46,6 +46,7 @@ def domain(
     param_dtype: DTypeLike = jnp.float32,
     stats_dtype: DTypeLike = jnp.float32,
     implementation: str | None = None,
+    skip_nonfinite: bool = False,
 ) -> Layer:
     """Domain-specific batch norm: every domain has its own statistics.
 
@@ -79,6 +80,7 @@ def domain(
       param_dtype: The dtype of the parameters.
       stats_dtype: The dtype of the running means; complex for complex input.
       implementation: How the sums of each example are computed, as for `moments`.
+      skip_nonfinite: As for `standard`.
 
     Returns:
       A `Layer`. `apply` also needs `domain_ids`: integers from 0 to `num_domains` − 1,
@@ -128,6 +130,7 @@ def domain(
         None,
         implementation,
         use_fast_variance,
+        skip_nonfinite,
     )
 
     def found_about(shift, x, weights, domain_ids) -> Found:
@@ -159,11 +162,15 @@ def domain(
 
     move = jax.vmap(functools.partial(update, momentum=momentum, unbiased=unbiased))
 
-    def composed(train, update) -> Layer:
+    def moved(state: RunningStats, found: Found) -> RunningStats:
+        counted = found._replace(moments=norm.counted(found.moments))
+        return counted.moved(state, move)
+
+    def composed(norm: Norm, train, update) -> Layer:
         options = {"infer": infer, "measure": measure, "inputs": ("domain_ids",)}
         return compose(init, names, norm, train=train, update=update, **options)
 
     # `forward` returns moments of all domains, which can be merged. `apply` can do
     # without, and moves no more rows than there may be domains in the batch.
-    own = composed(train_found, lambda state, found: found.moved(state, move))
-    return composed(train, move)._replace(apply=own.apply)
+    own = composed(norm._replace(skip_nonfinite=False), train_found, moved)
+    return composed(norm, train, move)._replace(apply=own.apply)

@@ -41,6 +41,7 @@ def ghost(
     stats_dtype: DTypeLike = jnp.float32,
     derivatives: str = "vjp",
     implementation: str | None = None,
+    skip_nonfinite: bool = False,
 ) -> Layer:
     """Ghost batch norm: each group of examples is normalized by its own statistics.
 
@@ -76,6 +77,7 @@ def ghost(
       stats_dtype: The dtype of the running mean; complex for complex input.
       derivatives: "vjp" or "jvp", as for `batch_norm`.
       implementation: How the sums of a batch are computed, as for `moments`.
+      skip_nonfinite: As for `standard`.
 
     Returns:
       A `Layer`. Its state is a `RunningStats`. With `update_per_group`, its `forward`
@@ -109,6 +111,7 @@ def ghost(
         None,
         implementation,
         use_fast_variance,
+        skip_nonfinite,
     )
 
     def train(params, state: RunningStats, x, weights):

@@ -34,6 +34,7 @@ def in_place(
     param_dtype: DTypeLike = jnp.float32,
     stats_dtype: DTypeLike = jnp.float32,
     implementation: str | None = None,
+    skip_nonfinite: bool = False,
 ) -> Layer:
     """Batch norm and an activation φ, keeping only the output for the backward pass.
 
@@ -73,6 +74,7 @@ def in_place(
       stats_dtype: The dtype of the running mean.
       implementation: How the moments of a batch are computed, as for `moments`; XLA
         computes the backward pass.
+      skip_nonfinite: As for `standard`.
 
     Returns:
       A `Layer`. Its state is a `RunningStats`.
@@ -114,6 +116,7 @@ def in_place(
         axis_index_groups,
         implementation,
         use_fast_variance,
+        skip_nonfinite,
     )
 
     def output_dtype(params, x) -> Any:

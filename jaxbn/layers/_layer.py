@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxbn import _axes, _devices, _dtypes
 from jaxbn._batch import Batch, checked_batch
 from jaxbn._batch_norm import normalize_batch
-from jaxbn._moments import Moments, moments_about
+from jaxbn._moments import Moments, finite_only, moments_about
 from jaxbn._normalize import normalize_given
 from jaxbn._running_stats import RunningStats, init_stats
 from jaxbn.layers._fast_variance import chosen
@@ -108,6 +108,7 @@ class Norm(NamedTuple):
     axis_index_groups: _devices.Groups | None
     implementation: str | None
     use_fast_variance: bool | str
+    skip_nonfinite: bool
 
     def batch(self, x: jax.Array, weights: Any) -> Batch:
         """Checks the arguments and makes a batch of them."""
@@ -126,6 +127,10 @@ class Norm(NamedTuple):
     def exact(self, state: Any, x: jax.Array, weights: Any, **_: Any) -> Moments:
         """Moments in two passes."""
         return moments_about(None, self.batch(x, weights))
+
+    def counted(self, m: Moments) -> Moments:
+        """The moments that running statistics take; others have count 0."""
+        return finite_only(m) if self.skip_nonfinite else m
 
     def by_moments(
         self, batch: Batch, m: Moments, affine: Affine, derivatives: str
@@ -172,6 +177,10 @@ def compose(
     """
     measure = measure or norm.exact
 
+    def trained(params, state, x, weights, **given) -> tuple[jax.Array, Any]:
+        y, m = train(params, state, x, weights, **given)
+        return y, norm.counted(m)
+
     def checked(training, params, state, x, given: dict) -> tuple[jax.Array, dict]:
         require_training(training)
         require_names(params, names)
@@ -189,7 +198,7 @@ def compose(
     def forward(params, state, x, *, training, weights=None, **given):
         x, given = checked(training, params, state, x, given)
         if training:
-            return train(params, state, x, weights, **given)
+            return trained(params, state, x, weights, **given)
         y = infer(params, state, x, weights, **given)
         return y, measure(state, x, weights, **given)
 
@@ -197,12 +206,12 @@ def compose(
         x, given = checked(training, params, state, x, given)
         if not training:
             return infer(params, state, x, weights, **given), state
-        y, m = train(params, state, x, weights, **given)
-        return y, move(state, m)
+        y, m = trained(params, state, x, weights, **given)
+        return y, update(state, m)
 
     def move(state, moments):
         require_kind(state, kind)
-        return update(state, moments)
+        return update(state, norm.counted(moments))
 
     return Layer(init, apply, forward, move)
 

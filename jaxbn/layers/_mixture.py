@@ -15,8 +15,8 @@ def mixture(stats: RunningStats, m: Moments, weight: ArrayLike) -> Moments:
         mean = (1 − a)·stats.mean + a·m.mean
         var  = (1 − a)·stats.var + a·m.var + a·(1 − a)·|m.mean − stats.mean|²
 
-    Where `m` has no weight, the mixture is `stats` alone. `m` may be moments per
-    example. Its count does not change.
+    The weight is a number or a feature vector. Where `m` has no data, the mixture is
+    `stats` alone. `m` may be moments per example. Its count does not change.
     """
     features = m.mean.shape[m.mean.ndim - stats.mean.ndim :]
     if features != stats.mean.shape:
@@ -27,6 +27,7 @@ def mixture(stats: RunningStats, m: Moments, weight: ArrayLike) -> Moments:
     _dtypes.require_no_imaginary_loss("state.mean", stats.mean, "x", m.mean.dtype)
     count = jnp.expand_dims(m.count, tuple(range(m.count.ndim, m.mean.ndim)))
     keep = 1 - jnp.asarray(weight, count.dtype)
+    keep = _like(keep, m.mean) if keep.ndim else keep
     mean, var = (
         blended(_like(a, b), b, keep, count)
         for a, b in ((stats.mean, m.mean), (stats.var, m.var))

@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxbn import _axes, _devices, _dtypes
+from jaxbn import _axes, _compat, _devices, _dtypes
 from jaxbn._moments import Moments
 from jaxbn._running_stats import Momentum, RunningStats, init_stats, update
 from jaxbn.layers._layer import (
@@ -25,6 +25,7 @@ from jaxbn.layers._layer import (
 Limit = ArrayLike | Callable[[jax.Array], ArrayLike]
 
 
+@_compat.exportable("jaxbn.RenormStats")
 class RenormStats(NamedTuple):
     """Running mean and standard deviation, the state of `renorm`.
 
@@ -68,6 +69,7 @@ def renorm(
     stats_dtype: DTypeLike = jnp.float32,
     derivatives: str = "vjp",
     implementation: str | None = None,
+    skip_nonfinite: bool = False,
 ) -> Layer:
     """Batch renormalization: batch norm, corrected towards the running statistics.
 
@@ -111,6 +113,7 @@ def renorm(
         magnitude of d is clipped.
       derivatives: "vjp" or "jvp", as for `batch_norm`.
       implementation: How the sums of a batch are computed, as for `moments`.
+      skip_nonfinite: As for `standard`.
 
     Returns:
       A `Layer`. Its state is a `RenormStats`. The moments that `forward` returns and
@@ -156,6 +159,7 @@ def renorm(
         axis_index_groups,
         implementation,
         use_fast_variance,
+        skip_nonfinite,
     )
 
     def correction(state: State, m: Moments) -> tuple[jax.Array, jax.Array]:

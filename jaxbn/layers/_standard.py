@@ -1,10 +1,12 @@
 """The batch norm of Ioffe and Szegedy."""
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn import _axes, _devices, _dtypes
 from jaxbn._moments import Moments
@@ -24,8 +26,8 @@ def standard(
     use_bias: bool = True,
     use_fast_variance: bool | str = True,
     unbiased: bool = False,
-    example_weight: float = 0.0,
-    pseudo_samples: float | None = None,
+    example_weight: ArrayLike = 0.0,
+    pseudo_samples: ArrayLike | None = None,
     axis_name: _devices.AxisName | None = None,
     axis_index_groups: _devices.Groups | None = None,
     dtype: DTypeLike | None = None,
@@ -33,6 +35,7 @@ def standard(
     stats_dtype: DTypeLike = jnp.float32,
     derivatives: str = "vjp",
     implementation: str | None = None,
+    skip_nonfinite: bool = False,
 ) -> Layer:
     """Batch norm: batch statistics in training, running statistics at inference.
 
@@ -64,13 +67,14 @@ def standard(
         "running_mean". All of them read `x` once; False takes two passes. The same
         holds for `pseudo_samples`.
       unbiased: Whether to track the variance times n/(n − 1).
-      example_weight: α, from 0 to 1. In a training batch of m examples, each example
-        contributes 1/m to the statistics that normalize it. An α of about 1/m brings
-        inference close to that, which helps networks trained on small batches.
+      example_weight: α, from 0 to 1: a number, or an array with the shape of the
+        features. In a training batch of m examples, each example contributes 1/m to the
+        statistics that normalize it. An α of about 1/m brings inference close to that,
+        which helps networks trained on small batches.
       pseudo_samples: N, the number of examples that the running statistics count as at
-        inference. None ignores the batch; 0 is prediction-time batch norm. The state
-        does not change. `jaxbn.population.adapt` makes such statistics for a whole data
-        set.
+        inference: a number, or an array with the shape of the features. None ignores
+        the batch; 0 is prediction-time batch norm. The state does not change.
+        `jaxbn.population.adapt` makes such statistics for a whole data set.
       axis_name: Name or names of mapped axes to compute statistics over.
       axis_index_groups: Groups of indices of that axis, each with its own statistics.
       dtype: The output's dtype, by default the dtype of `x`.
@@ -78,6 +82,10 @@ def standard(
       stats_dtype: The dtype of the running mean; complex for complex input.
       derivatives: "vjp" or "jvp", as for `batch_norm`.
       implementation: How the sums of a batch are computed, as for `moments`.
+      skip_nonfinite: Whether one bad batch leaves the running statistics alone, as for
+        `update`: features whose batch mean or variance is infinite or NaN then have
+        weight 0 in the moments that `forward` returns in training. The output is what
+        it is: NaN.
 
     Returns:
       A `Layer`. Its state is a `RunningStats`. Its `weights` are as for `moments`, and
@@ -87,7 +95,8 @@ def standard(
       ValueError: `example_weight` is not from 0 to 1, `pseudo_samples` is negative, or
         both are given.
       TypeError: In `apply`: `training` is not a Python bool, or as for `batch_norm`.
-      ValueError: In `apply`: the names in `params` do not match the options, or as for
+      ValueError: In `apply`: the names in `params` do not match the options,
+        `example_weight` or `pseudo_samples` is an array with another shape, or as for
         `batch_norm` and `update`.
 
     Example:
@@ -108,7 +117,7 @@ def standard(
       al., "Improving robustness against common corruptions by covariate shift
       adaptation" (2020), for `pseudo_samples`.
     """
-    _require_one_mixture(example_weight, pseudo_samples)
+    mixes = _mixes_examples(example_weight, pseudo_samples)
     names = ["scale"] * use_scale + ["bias"] * use_bias
 
     init = init_of(use_scale, use_bias, param_dtype, stats_dtype)
@@ -120,6 +129,7 @@ def standard(
         axis_index_groups,
         implementation,
         use_fast_variance,
+        skip_nonfinite,
     )
 
     def train(params, state: RunningStats, x, weights):
@@ -129,12 +139,16 @@ def standard(
 
     def infer(params, state: RunningStats, x, weights):
         if pseudo_samples is not None:
+            _require_per_feature("pseudo_samples", pseudo_samples, state)
             m = adapted(state, x, weights, pseudo_samples)
-        elif example_weight:
+        elif mixes:
+            _require_per_feature("example_weight", example_weight, state)
             axes = _axes.canonical(feature_axes, x.ndim)
             # At most half of the variance is the example's own: the rest outweighs
             # what is lost about a running mean that is far from the example.
-            shift = state.mean if example_weight <= 0.5 else None
+            known = _dtypes.known(example_weight)
+            small = known is not None and np.all(known <= 0.5)
+            shift = state.mean if small else None
             own = example_moments(
                 x, axes, weights=weights, shift=shift, implementation=implementation
             )
@@ -143,7 +157,7 @@ def standard(
             return norm.infer(params, state, x, weights)
         return norm.by_stats(x, m.mean, m.var, affine(params), weights)
 
-    def adapted(state: RunningStats, x, weights, prior: float) -> Moments:
+    def adapted(state: RunningStats, x, weights, prior: ArrayLike) -> Moments:
         m = norm.near(state, norm.batch(x, weights))
         n = m.count / positions(x, _axes.canonical(feature_axes, x.ndim))
         kept = prior_share(prior, n)
@@ -158,17 +172,32 @@ def standard(
     return compose(init, names, norm, train=train, infer=infer, update=move)
 
 
-def _require_one_mixture(example_weight: float, pseudo_samples: float | None) -> None:
-    share = _dtypes.number("example_weight", example_weight)
-    if not 0 <= share <= 1:
+def _mixes_examples(
+    example_weight: ArrayLike, pseudo_samples: ArrayLike | None
+) -> bool:
+    """Whether inference mixes in each example's own moments; checks both options."""
+    share = _dtypes.numbers("example_weight", example_weight)
+    if share is not None and not np.all((share >= 0) & (share <= 1)):
         raise ValueError(
             "`example_weight` is the weight of an example's own moments at inference, "
             f"from 0 to 1, got {example_weight}."
         )
+    mixes = share is None or bool(np.any(share != 0))
     if pseudo_samples is None:
-        return
-    if share or not _dtypes.number("pseudo_samples", pseudo_samples) >= 0:
+        return mixes
+    prior = _dtypes.numbers("pseudo_samples", pseudo_samples)
+    if mixes or (prior is not None and not np.all(prior >= 0)):
         raise ValueError(
             "`pseudo_samples` must be None or at least 0, and None with an "
             f"`example_weight`, got {pseudo_samples} and {example_weight}."
+        )
+    return False
+
+
+def _require_per_feature(name: str, value: Any, state: RunningStats) -> None:
+    shape, features = np.shape(value), np.shape(state.mean)
+    if shape not in ((), features):
+        raise ValueError(
+            f"`{name}` has shape {shape}, expected a number or an array of shape "
+            f"{features}, one for each feature."
         )

@@ -33,6 +33,7 @@ def streaming(
     param_dtype: DTypeLike = jnp.float32,
     stats_dtype: DTypeLike = jnp.float32,
     implementation: str | None = None,
+    skip_nonfinite: bool = False,
 ) -> Layer:
     """Batch norm by running statistics even in training, for the smallest batches.
 
@@ -64,6 +65,7 @@ def streaming(
       param_dtype: The dtype of the parameters.
       stats_dtype: The dtype of the running mean; complex for complex input.
       implementation: How the sums of a batch are computed, as for `moments`.
+      skip_nonfinite: As for `standard`.
 
     Returns:
       A `Layer`. Its state is a `RunningStats`.
@@ -106,6 +108,7 @@ def streaming(
         axis_index_groups,
         implementation,
         False,
+        skip_nonfinite,
     )
 
     def mixed(state: RunningStats, m: Moments) -> Moments:

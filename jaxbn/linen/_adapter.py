@@ -228,6 +228,7 @@ class Variant(Adapter):
       axis_name: Name or names of mapped axes to compute statistics over.
       accumulate: As for `BatchNorm`.
       implementation: As for `BatchNorm`.
+      skip_nonfinite: As for `BatchNorm`.
     """
 
     use_running_average: bool | None = None
@@ -243,3 +244,4 @@ class Variant(Adapter):
     axis_name: _devices.AxisName | None = None
     accumulate: bool = False
     implementation: str | None = None
+    skip_nonfinite: bool = False

@@ -4,6 +4,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jaxbn import layers
 from jaxbn._flax import fields
@@ -49,11 +50,14 @@ class BatchNorm(Adapter, nn.BatchNorm):
       derivatives: "vjp" or "jvp", as for `jaxbn.batch_norm`.
       implementation: How the sums of a batch are computed, as for `jaxbn.moments`:
         None, "xla" or "native".
-      example_weight: Weight of an example's own moments at inference, as for
-        `jaxbn.layers.standard`.
+      skip_nonfinite: Whether features whose batch mean or variance is infinite or NaN
+        keep their running statistics. Without it, one such batch makes them NaN for
+        good.
+      example_weight: Weight of an example's own moments at inference, a number or one
+        per feature, as for `jaxbn.layers.standard`.
       pseudo_samples: The number of examples that the running statistics count as at
-        inference, relative to the batch; None ignores the batch. As for
-        `jaxbn.layers.standard`.
+        inference, relative to the batch; None ignores the batch. A number or one per
+        feature, as for `jaxbn.layers.standard`.
       accumulate: Whether several micro-batches make a single step of the statistics,
         the same as for all of them in one batch, until `jaxbn.linen.end_accumulation`.
         If a layer is called twice in a pass, both inputs count as one batch. The
@@ -85,8 +89,9 @@ class BatchNorm(Adapter, nn.BatchNorm):
     unbiased: bool = False
     derivatives: str = "vjp"
     implementation: str | None = None
-    example_weight: float = 0.0
-    pseudo_samples: float | None = None
+    skip_nonfinite: bool = False
+    example_weight: ArrayLike = 0.0
+    pseudo_samples: ArrayLike | None = None
     accumulate: bool = False
 
     @nn.nowrap

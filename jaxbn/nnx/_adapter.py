@@ -50,6 +50,7 @@ class Common(TypedDict, total=False):
     axis_name: _devices.AxisName | None
     accumulate: bool
     implementation: str | None
+    skip_nonfinite: bool
 
 
 class BatchMoments(nnx.BatchStat):
@@ -229,6 +230,7 @@ class Variant(Adapter):
       axis_name: Name or names of mapped axes to compute statistics over.
       accumulate: As for `BatchNorm`.
       implementation: As for `BatchNorm`.
+      skip_nonfinite: As for `BatchNorm`.
       rngs: For the initializers.
     """
 
@@ -249,6 +251,7 @@ class Variant(Adapter):
         axis_name: _devices.AxisName | None = None,
         accumulate: bool = False,
         implementation: str | None = None,
+        skip_nonfinite: bool = False,
         rngs: nnx.Rngs,
     ):
         self.num_features = num_features
@@ -261,6 +264,7 @@ class Variant(Adapter):
         self.bias_init, self.scale_init = bias_init, scale_init
         self.accumulate = accumulate
         self.implementation = implementation
+        self.skip_nonfinite = skip_nonfinite
         features = _axes.shape(num_features, "num_features")
         layer = self._layer(stats_dtype=stats_dtype(param_dtype))
         params, state = layer.init(features)

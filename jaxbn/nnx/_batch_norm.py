@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
+from jax.typing import ArrayLike
 
 from jaxbn import _axes, _compat, _devices, layers
 from jaxbn._flax import fields
@@ -54,11 +55,14 @@ class BatchNorm(Adapter, nnx.BatchNorm):
       derivatives: "vjp" or "jvp", as for `jaxbn.batch_norm`.
       implementation: How the sums of a batch are computed, as for `jaxbn.moments`:
         None, "xla" or "native".
-      example_weight: Weight of an example's own moments at inference, as for
-        `jaxbn.layers.standard`.
+      skip_nonfinite: Whether features whose batch mean or variance is infinite or NaN
+        keep their running statistics. Without it, one such batch makes them NaN for
+        good.
+      example_weight: Weight of an example's own moments at inference, a number or one
+        per feature, as for `jaxbn.layers.standard`.
       pseudo_samples: The number of examples that the running statistics count as at
-        inference, relative to the batch; None ignores the batch. As for
-        `jaxbn.layers.standard`.
+        inference, relative to the batch; None ignores the batch. A number or one per
+        feature, as for `jaxbn.layers.standard`.
       accumulate: Whether several micro-batches make a single step of the statistics,
         the same as for all of them in one batch, until `jaxbn.nnx.end_accumulation`. If
         a layer is called twice in a pass, both inputs count as one batch. The variables
@@ -108,8 +112,9 @@ class BatchNorm(Adapter, nnx.BatchNorm):
         unbiased: bool = False,
         derivatives: str = "vjp",
         implementation: str | None = None,
-        example_weight: float = 0.0,
-        pseudo_samples: float | None = None,
+        skip_nonfinite: bool = False,
+        example_weight: ArrayLike = 0.0,
+        pseudo_samples: ArrayLike | None = None,
         accumulate: bool = False,
     ):
         features = _axes.shape(num_features, "num_features")
@@ -155,6 +160,7 @@ class BatchNorm(Adapter, nnx.BatchNorm):
         self.unbiased = unbiased
         self.derivatives = derivatives
         self.implementation = implementation
+        self.skip_nonfinite = skip_nonfinite
         self.example_weight = example_weight
         self.pseudo_samples = pseudo_samples
         self.accumulate = accumulate

@@ -30,7 +30,7 @@ class GhostBatchNorm(Variant):
       rngs: For the initializers.
       **common: As in `flax.nnx.BatchNorm`: use_running_average, axis, momentum,
         epsilon, dtype, param_dtype, use_bias, use_scale, bias_init, scale_init and
-        axis_name; accumulate and implementation.
+        axis_name; accumulate, implementation and skip_nonfinite.
 
     Example:
       >>> import jaxbn, jax.numpy as jnp
@@ -92,7 +92,7 @@ class BatchRenorm(Variant):
       rngs: For the initializers.
       **common: As in `flax.nnx.BatchNorm`: use_running_average, axis, momentum,
         epsilon, dtype, param_dtype, use_bias, use_scale, bias_init, scale_init and
-        axis_name; accumulate and implementation.
+        axis_name; accumulate, implementation and skip_nonfinite.
 
     Example:
       >>> import jaxbn, jax.numpy as jnp
@@ -153,7 +153,7 @@ class DomainBatchNorm(Variant):
       rngs: For the initializers.
       **common: As in `flax.nnx.BatchNorm`: use_running_average, axis, momentum,
         epsilon, dtype, param_dtype, use_bias, use_scale, bias_init, scale_init and
-        axis_name; accumulate and implementation.
+        axis_name; accumulate, implementation and skip_nonfinite.
 
     Example:
       >>> import jaxbn, jax.numpy as jnp
@@ -215,7 +215,7 @@ class ConditionalBatchNorm(Variant):
       rngs: For the initializers.
       **common: As in `flax.nnx.BatchNorm`: use_running_average, axis, momentum,
         epsilon, dtype, param_dtype, use_bias, use_scale, bias_init, scale_init and
-        axis_name; accumulate and implementation.
+        axis_name; accumulate, implementation and skip_nonfinite.
 
     Example:
       >>> import jaxbn, jax.numpy as jnp
@@ -277,7 +277,7 @@ class StreamingBatchNorm(Variant):
       rngs: For the initializers.
       **common: As in `flax.nnx.BatchNorm`: use_running_average, axis, momentum,
         epsilon, dtype, param_dtype, use_bias, use_scale, bias_init, scale_init and
-        axis_name; accumulate and implementation.
+        axis_name; accumulate, implementation and skip_nonfinite.
 
     Example:
       >>> import jaxbn, jax.numpy as jnp
@@ -324,7 +324,7 @@ class InPlaceBatchNorm(Variant):
       rngs: For the initializers.
       **common: As in `flax.nnx.BatchNorm`: use_running_average, axis, momentum,
         epsilon, dtype, param_dtype, use_bias, use_scale, bias_init, scale_init and
-        axis_name; accumulate and implementation.
+        axis_name; accumulate, implementation and skip_nonfinite.
 
     Example:
       >>> import jaxbn, jax.numpy as jnp
