@@ -14,6 +14,7 @@ NEEDS = {
     "migrating/equinox.md": "equinox",
     "migrating/keras.md": "keras",
     "migrating/torch.md": "torch",
+    "recipes/onnx.md": "jax2onnx",
 }
 PAGES = [
     str(page.relative_to(DOCS))

@@ -39,10 +39,12 @@ def whole_sum(total: Value, axes: Axes, users: dict) -> Value | None:
     """A sum with the vectors that are added to it; None if it is part of another."""
     while len(users.get(total, ())) == 1:
         ((user, _),) = users[total]
-        if user is not None and is_sum(user):
+        if user is None:
+            break
+        if is_sum(user):
             return None
-        to, _ = (user is not None and added(user, axes)) or (None, None)
-        if to is not total and not (user is not None and _layout.is_cast(user)):
+        to, _ = added(user, axes) or (None, None)
+        if to is not total and not _layout.is_cast(user):
             break
         total = user.outputs[0]
     return total
