@@ -7,7 +7,15 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from _covariate_shift import Digits, Network, Variables, init, load_data, train_step
+from _covariate_shift import (
+    BATCH_SIZE,
+    Digits,
+    Network,
+    Variables,
+    init,
+    load_data,
+    train_step,
+)
 from _options import make_folders, picture, positive, seed
 from tqdm import tqdm
 
@@ -53,9 +61,14 @@ def trained(
 
 
 def digits(args: argparse.Namespace) -> Digits:
-    """Images and labels; 64 of each set if it is to be small."""
+    """Images and labels; a batch to train on and 64 to test if it is to be small."""
     data = load_data(args.seed)
-    return Digits(*(part[:64] for part in data)) if args.small else data
+    if not args.small:
+        return data
+    few = [part[:BATCH_SIZE] for part in data[:2]] + [
+        part[:BATCH_SIZE] for part in data[2:]
+    ]
+    return Digits(*few)
 
 
 def percent(share: float) -> str:
