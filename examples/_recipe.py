@@ -65,10 +65,8 @@ def digits(args: argparse.Namespace) -> Digits:
     data = load_data(args.seed)
     if not args.small:
         return data
-    few = [part[:BATCH_SIZE] for part in data[:2]] + [
-        part[:BATCH_SIZE] for part in data[2:]
-    ]
-    return Digits(*few)
+    few = (BATCH_SIZE, BATCH_SIZE, 64, 64)
+    return Digits(*(part[:n] for part, n in zip(data, few, strict=True)))
 
 
 def percent(share: float) -> str:
