@@ -71,11 +71,10 @@ def compiled() -> str:
     return markdown(["compiled for", "", *kinds, "all-reduces"], rows, left=2)
 
 
-def training() -> str:
-    """`means` of forward and backward, and what they are of."""
-    head, rule, *rows = means().splitlines()
-    rows = [row for row in rows if MODE in row]
-    return "\n".join([head, rule, *rows, "", _setting(read("speed_cpu"))])
+def comparison() -> str:
+    """What each library does on hard inputs."""
+    rows = read("comparison")["rows"]
+    return markdown(rows[0], [row.values() for row in rows])
 
 
 def means() -> str:
@@ -139,7 +138,7 @@ def _errors(rows: list[dict], left: int) -> str:
 TABLES = {
     "speed": speed,
     "compiled": compiled,
-    "training": training,
+    "comparison": comparison,
     "means": means,
     "family": family,
     "resnet": resnet,
