@@ -39,13 +39,40 @@ def test_no_line_is_taken_for_a_comment():
         assert not re.search(r"^\s*%", page.read_text(), re.M), page
 
 
-@pytest.mark.parametrize("page", PAGES)
+ENTRIES = "troubleshooting.md"  # A page of entries, each of which must run alone.
+
+
+def run(name, text):
+    """Runs the examples of a text, and counts those that fail."""
+    test = doctest.DocTestParser().get_doctest(text, {}, name, name, 0)
+    with jax.numpy_rank_promotion("allow"):  # as everywhere but in these tests
+        return doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != ENTRIES])
 def test_page(page):
     if page in NEEDS:
         pytest.importorskip(NEEDS[page], reason="`make peers` installs it")
-    with jax.numpy_rank_promotion("allow"):  # as everywhere but in these tests
-        result = doctest.testfile(
-            str(DOCS / page), module_relative=False, optionflags=doctest.ELLIPSIS
-        )
+    result = run(page, (DOCS / page).read_text())
     assert result.attempted > 0
     assert result.failed == 0
+
+
+def entries():
+    """What all entries of a page share, and the entries by their headings."""
+    first, *rest = re.split(r"^### ", (DOCS / ENTRIES).read_text(), flags=re.M)
+    return first, {entry.partition("\n")[0]: entry for entry in rest}
+
+
+@pytest.mark.parametrize("heading", entries()[1])
+def test_an_entry_runs_alone(heading):
+    first, own = entries()
+    result = run(heading, first + own[heading])
+    assert result.failed == 0
+
+
+def test_references_to_other_projects_are_links():
+    for page in [*DOCS.rglob("*.md"), DOCS.parent / "README.md"]:
+        text = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(), flags=re.S)
+        bare = re.findall(r"(?<![\[\w/.-])[\w.-]+/[\w.-]+#\d+", text)
+        assert not bare, page
