@@ -2,15 +2,21 @@
 
 formulas    indented blocks, which would be read as quotations: of fixed width
 tables      Markdown's: lists of lists
-`code`      between two backquotes, and |x| outside of it no substitution
+`code`      between two backquotes, and a link if it is a name; |x| is no substitution
+Returns     never split at a colon
+(others)    a sentence
 """
 
-import inspect
 import itertools
 import re
 
+from names import linked
+
 
 def _translate(app, what, name, obj, options, lines: list[str]) -> None:
+    module = getattr(obj, "__module__", None) or ""
+    module = ".".join(p for p in module.split(".") if not p.startswith("_"))
+    lines[:] = _without_others(_described(lines))
     found: list[str] = []
     for blank, group in itertools.groupby(lines, key=lambda line: not line.strip()):
         block = list(group)
@@ -19,9 +25,9 @@ def _translate(app, what, name, obj, options, lines: list[str]) -> None:
         elif block[0].startswith("    ") and _at_margin(found):
             found += ["", ".. code-block:: text", "", *block]
         elif block[0].startswith("| "):
-            found += _list_table(block)
+            found += _list_table(block, module)
         else:
-            found += _escaped("\n".join(block)).split("\n")
+            found += _escaped("\n".join(block), module).split("\n")
     lines[:] = found
 
 
@@ -31,54 +37,56 @@ def _at_margin(before: list[str]) -> bool:
     return bool(text) and not text[-1].startswith((" ", ".. "))
 
 
-def _list_table(block: list[str]) -> list[str]:
+def _list_table(block: list[str], module: str) -> list[str]:
     rows = [line.strip("| ").split(" | ") for line in block if "---" not in line]
     width = max(map(len, rows))
     found = ["", ".. list-table::", "   :header-rows: 1", ""]
     for row in rows:
-        cells = [_escaped(cell.strip()) for cell in [""] * (width - len(row)) + row]
+        cells = [
+            _escaped(cell.strip(), module) for cell in [""] * (width - len(row)) + row
+        ]
         found.append(f"   * - {cells[0]}".rstrip())
         found += [f"     - {cell}".rstrip() for cell in cells[1:]]
     return [*found, ""]
 
 
-def _escaped(text: str) -> str:
+def _escaped(text: str, module: str) -> str:
     """The text with code as such, and with bars outside of code as themselves."""
     parts = re.split(r"`([^`]+)`", text)
     return "".join(
-        f"``{part}``" if i % 2 else part.replace("|", r"\|")
+        linked(part, module) if i % 2 else part.replace("|", r"\|")
         for i, part in enumerate(parts)
     )
 
 
-class _Name:
-    """A default value that prints as its name."""
-
-    def __init__(self, value):
-        self.name = getattr(value, "__name__", repr(value))
-
-    def __repr__(self) -> str:
-        return self.name
-
-
-def _constructor(app, what, name, obj, options, signature, returns):
-    """The arguments of `__init__`, where nnx' metaclass has hidden them."""
-    if what != "class" or signature != "(*args, **kwargs)":
-        return None
-    _, *parameters = inspect.signature(obj.__init__).parameters.values()
-    bare = [p.replace(annotation=p.empty) for p in parameters]
-    named = [p.replace(default=_Name(p.default)) if _is_object(p) else p for p in bare]
-    return str(inspect.Signature(named)), returns
+def _described(lines: list[str]) -> list[str]:
+    """Returns that are a sentence with a colon, which napoleon takes for a type."""
+    found = list(lines)
+    for i, line in enumerate(lines[:-1]):
+        if line.strip() in ("Returns:", "Yields:"):
+            text = lines[i + 1]
+            indent = len(text) - len(text.lstrip())
+            found[i + 1] = f"{text[:indent]}: {text[indent:]}"
+    return found
 
 
-def _is_object(parameter: inspect.Parameter) -> bool:
-    """Whether the default is a function or a class, which print with their address."""
-    default = parameter.default
-    return callable(default) and default is not parameter.empty
+def _without_others(lines: list[str]) -> list[str]:
+    """A sentence in place of an argument or attribute that is called "(others)"."""
+    found: list[str] = []
+    rest: list[str] = []
+    for line in lines:
+        if line.strip().startswith("(others):"):
+            text = line.strip().removeprefix("(others):").strip()
+            rest = ["", f"The others are {text[0].lower()}{text[1:]}"]
+        elif rest and line.strip() and not line.startswith(" "):
+            found += [*rest, "", line]
+            rest = []
+        else:
+            found.append(line)
+    return found + rest
 
 
 def setup(app) -> dict:
     """Before napoleon, which comes at the usual priority of 500."""
-    app.connect("autodoc-process-signature", _constructor)
     app.connect("autodoc-process-docstring", _translate, priority=400)
     return {"parallel_read_safe": True}

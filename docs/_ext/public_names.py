@@ -1,9 +1,16 @@
-"""A warning, which fails the build, for every public name that no page documents."""
+"""Public names: a table of all, and a warning for each that no page documents.
+
+The warning fails the build. The directive `public-names` makes the table.
+"""
 
 import importlib
 import inspect
+import itertools
 import pkgutil
 
+from docutils import nodes
+from docutils.parsers.rst import Directive
+from docutils.statemachine import StringList
 from sphinx.util import logging
 
 import jaxbn
@@ -40,6 +47,33 @@ def _is_class(value) -> bool:
     return inspect.isclass(value)
 
 
+class Names(Directive):
+    """Lists all public names by module, as links with a summary."""
+
+    def run(self) -> list:
+        """Leaves the tables to autosummary."""
+        text: list[str] = []
+        by_module = itertools.groupby(
+            sorted(public_names(), key=_parts), lambda name: _parts(name)[0]
+        )
+        for module, names in by_module:
+            text += [
+                f".. rubric:: {module}",
+                "",
+                ".. autosummary::",
+                "   :nosignatures:",
+            ]
+            text += ["", *(f"   ~{name}" for name in names), ""]
+        node = nodes.Element()
+        self.state.nested_parse(StringList(text), self.content_offset, node)
+        return node.children
+
+
+def _parts(name: str) -> tuple[str, str]:
+    module, _, own = name.rpartition(".")
+    return module, own
+
+
 def _check(app, env) -> None:
     documented = set(env.get_domain("py").objects)
     for name in sorted(public_names() - documented):
@@ -48,5 +82,6 @@ def _check(app, env) -> None:
 
 def setup(app) -> dict:
     """After all pages were read."""
+    app.add_directive("public-names", Names)
     app.connect("env-check-consistency", _check)
     return {"parallel_read_safe": True}
