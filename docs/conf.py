@@ -25,6 +25,7 @@ extensions = [
     "sphinx.ext.autosummary",
     "sphinx.ext.viewcode",
     "docstrings",
+    "executed",
     "formulas",
     "public_names",
     "signatures",
@@ -38,7 +39,7 @@ intersphinx_mapping = {
     "optax": ("https://optax.readthedocs.io/en/latest/", None),
     "numpy": ("https://numpy.org/doc/stable/", None),
 }
-exclude_patterns = ["_ext", "recipes/tables"]
+exclude_patterns = ["_ext", "notebooks", "recipes/tables"]
 suppress_warnings = ["config.cache"]
 
 myst_enable_extensions = [

@@ -335,6 +335,11 @@ def require_momentum(momentum: Momentum) -> None:
     if values is None:
         return
     kinds = jnp.bool_, jnp.integer, jnp.floating
+    if momentum is None:
+        raise TypeError(
+            f"{kind}, got None. For the plain average, as PyTorch's None, pass "
+            "`jaxbn.cumulative()`."
+        )
     if not any(jnp.issubdtype(values.dtype, k) for k in kinds):
         raise TypeError(
             f"{kind}, an array of such, or a function of the step; got {momentum!r}."

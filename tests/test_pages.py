@@ -3,6 +3,8 @@
 import doctest
 import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -76,3 +78,8 @@ def test_references_to_other_projects_are_links():
         text = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(), flags=re.S)
         bare = re.findall(r"(?<![\[\w/.-])[\w.-]+/[\w.-]+#\d+", text)
         assert not bare, page
+
+
+def test_notebooks_are_those_of_their_pages():
+    script = DOCS / "notebooks.py"
+    subprocess.run([sys.executable, script, "--check"], check=True)

@@ -7,6 +7,7 @@ Returns     never split at a colon
 (others)    a sentence
 """
 
+import inspect
 import itertools
 import re
 
@@ -17,6 +18,7 @@ def _translate(app, what, name, obj, options, lines: list[str]) -> None:
     module = getattr(obj, "__module__", None) or ""
     module = ".".join(p for p in module.split(".") if not p.startswith("_"))
     lines[:] = _without_others(_described(lines))
+    own = _own_names(obj)
     found: list[str] = []
     for blank, group in itertools.groupby(lines, key=lambda line: not line.strip()):
         block = list(group)
@@ -25,10 +27,18 @@ def _translate(app, what, name, obj, options, lines: list[str]) -> None:
         elif block[0].startswith("    ") and _at_margin(found):
             found += ["", ".. code-block:: text", "", *block]
         elif block[0].startswith("| "):
-            found += _list_table(block, module)
+            found += _list_table(block, module, own)
         else:
-            found += _escaped("\n".join(block), module).split("\n")
+            found += _escaped("\n".join(block), module, own).split("\n")
     lines[:] = found
+
+
+def _own_names(obj) -> set[str]:
+    """The names of arguments and fields, which are not links."""
+    try:
+        return set(inspect.signature(obj).parameters)
+    except (TypeError, ValueError):
+        return set()
 
 
 def _at_margin(before: list[str]) -> bool:
@@ -37,24 +47,29 @@ def _at_margin(before: list[str]) -> bool:
     return bool(text) and not text[-1].startswith((" ", ".. "))
 
 
-def _list_table(block: list[str], module: str) -> list[str]:
+def _list_table(block: list[str], module: str, own: set[str]) -> list[str]:
     rows = [line.strip("| ").split(" | ") for line in block if "---" not in line]
     width = max(map(len, rows))
     found = ["", ".. list-table::", "   :header-rows: 1", ""]
     for row in rows:
         cells = [
-            _escaped(cell.strip(), module) for cell in [""] * (width - len(row)) + row
+            _escaped(cell.strip(), module, own)
+            for cell in [""] * (width - len(row)) + row
         ]
         found.append(f"   * - {cells[0]}".rstrip())
         found += [f"     - {cell}".rstrip() for cell in cells[1:]]
     return [*found, ""]
 
 
-def _escaped(text: str, module: str) -> str:
+def _escaped(text: str, module: str, own: set[str]) -> str:
     """The text with code as such, and with bars outside of code as themselves."""
+
+    def code(part: str) -> str:
+        return f"``{part}``" if part in own else linked(part, module)
+
     parts = re.split(r"`([^`]+)`", text)
     return "".join(
-        linked(part, module) if i % 2 else part.replace("|", r"\|")
+        code(part) if i % 2 else part.replace("|", r"\|")
         for i, part in enumerate(parts)
     )
 

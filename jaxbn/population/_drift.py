@@ -89,7 +89,7 @@ def drift(stats: Any, moments: Any, *, epsilon: float = 1e-5) -> Any:
       [3.] [4.] [6.75]
 
     References:
-      https://en.wikipedia.org/wiki/Kullback–Leibler_divergence#Symmetrised_divergence
+      https://en.wikipedia.org/wiki/Kullback%E2%80%93Leibler_divergence#Symmetrised_divergence
     """
     require_same_layers(stats, moments)
 

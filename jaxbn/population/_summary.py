@@ -46,7 +46,7 @@ def summary(drifts: Any) -> str:
       | norm  |        1 |      6.75 |   6.75
 
     References:
-      https://en.wikipedia.org/wiki/Kullback–Leibler_divergence#Symmetrised_divergence
+      https://en.wikipedia.org/wiki/Kullback%E2%80%93Leibler_divergence#Symmetrised_divergence
     """
     found = jax.tree_util.tree_leaves_with_path(drifts, is_leaf=_is_drift)
     for path, leaf in found:
