@@ -8,6 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from peers import MISSING
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 
@@ -79,3 +80,23 @@ def test_both_networks_start_alike(monkeypatch):
         np.testing.assert_array_equal(
             plain.params[f"Dense_{i}"]["kernel"], normed.params[f"Dense_{i}"]["kernel"]
         )
+
+
+def test_masked_sequences_on_devices_are_those_of_one(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import masked_devices
+
+    found = masked_devices.main(["--steps", "2"])
+    assert found["first layer"] < 1e-6
+    assert 1e-6 < found["second layer"] < 1e-2
+    assert found["test accuracy"] > 0
+
+
+def test_a_network_of_torch_goes_on_in_jax(monkeypatch):
+    pytest.importorskip("torch", reason=MISSING)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import torch_port
+
+    found = torch_port.main(["--steps", "3"])
+    assert found["logits"] < 1e-5
+    assert found["losses"] < 1e-5
