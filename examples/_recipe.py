@@ -23,14 +23,14 @@ Rows = Sequence[Sequence[Any]]
 
 
 def options(
-    doc: str, name: str, argv: Sequence[str] | None, steps: int = 200
+    doc: str | None, name: str, argv: Sequence[str] | None, steps: int = 200
 ) -> argparse.Namespace:
     """The command line of the recipe `name`, with its folders made.
 
     `small` is for trying it: the script does the same with little of everything.
     """
     parser = argparse.ArgumentParser(
-        description=doc.partition("\n")[0],
+        description=(doc or "").partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument

@@ -51,6 +51,7 @@ from _covariate_shift import Digits, Network, Variables, accuracy, adabn
 from _recipe import digits, finish, options, percent, table, trained
 from tqdm import tqdm
 
+STRIDES = (1, 2, 1, 2)
 STRENGTH = 4
 TTN_STEPS = 60
 # The size of batches, and whether images are sorted by label.
@@ -131,8 +132,8 @@ def report(results: Results) -> str:
 
 def main(argv: Sequence[str] | None = None) -> Results:
     args = options(__doc__, "adapt_at_test_time", argv)
-    shape = {"width": 8, "strides": (2,)} if args.small else {"strides": (1, 2, 1, 2)}
-    net, data = Network(**shape), digits(args)
+    net = Network(width=8, strides=(2,)) if args.small else Network(strides=STRIDES)
+    data = digits(args)
     variables = trained(net, data, args)
     steps = min(args.steps, TTN_STEPS)
     weights = ttn_weights(net, variables, data, args.seed, steps)

@@ -38,6 +38,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from _corruptions import LEVELS, corrupt
 from _covariate_shift import Digits, Network, Variables
@@ -73,7 +74,7 @@ def sampled_stats(net: Network, variables: Variables, batches: jax.Array):
 @partial(jax.jit, static_argnums=0)
 def probabilities(net: Network, variables: Variables, x: jax.Array) -> jax.Array:
     """Of each class, by ordinary inference."""
-    return jax.nn.softmax(net.apply(variables, x, training=False))
+    return jax.nn.softmax(jnp.asarray(net.apply(variables, x, training=False)))
 
 
 @partial(jax.jit, static_argnums=0)
