@@ -8,10 +8,10 @@ layers out of weight decay and, in LARS, out of that ratio. The mask is
 `jaxbn.interop.optax.weight_decay_mask` in both places.
 
 What is to be seen (seeds 0 and 1): the masks bring nothing in so few steps. SGD has
-about 95 % at all three rates, with masks and without. LARS and LAMB are not clearly better, and
-with masks they lose at the larger rates: scale and bias then take the learning rate as
-it is, which in LARS is ten times that of SGD, and the scales more than double. With
-SGD at its own rate for these, the scales stay near 1 and LARS has 91 to 94 %.
+about 95 % at all three rates, with masks and without. LARS and LAMB are not clearly
+better, and with masks they lose at the larger rates, and the scales more than double.
+In LARS, scale and bias then take the learning rate as it is, which is ten times that of
+SGD. With SGD at its own rate for these, the scales stay near 1 and LARS has 91 to 94 %.
 
 Options:
     --seed N       Of split, parameters and batches (default 0).
