@@ -42,6 +42,7 @@ import optax
 from _covariate_shift import BATCH_SIZE, Digits, Network, Variables, accuracy
 from _digits_figure import STYLE
 from _recipe import digits, finish, options, percent, table, trained
+from jax.typing import ArrayLike
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -58,7 +59,7 @@ HEAD = ["", "distance of statistics", "made by", "other network", "trained on th
 Results = dict[str, dict[str, float]]
 
 
-def distance(net: Network, variables: Variables, x: jax.Array) -> jax.Array:
+def distance(net: Network, variables: Variables, x: ArrayLike) -> jax.Array:
     """How far the batch's moments are from the running statistics, over all layers."""
     stats = running_stats(variables)
     moments = moments_fn(net, variables, training=False)(x)
@@ -67,12 +68,14 @@ def distance(net: Network, variables: Variables, x: jax.Array) -> jax.Array:
         found = moments[path]
         apart += [found.mean - running.mean, found.var - running.var]
     # With a little under the root, whose slope at 0 is not finite.
-    return sum(jnp.sqrt(jnp.square(v).sum() + 1e-12) for v in apart)
+    norms = [jnp.sqrt(jnp.square(v).sum() + 1e-12) for v in apart]
+    return jnp.stack(norms).sum()
 
 
 def total_variation(x: jax.Array) -> jax.Array:
     """The mean difference between neighbours, down and across."""
-    return sum(jnp.abs(jnp.diff(x, axis=axis)).mean() for axis in (1, 2))
+    down, across = (jnp.abs(jnp.diff(x, axis=axis)).mean() for axis in (1, 2))
+    return down + across
 
 
 @partial(jax.jit, static_argnames=("net", "steps"))
@@ -88,13 +91,13 @@ def descend(
     """One step of `steps`, where the distance of the statistics has this weight."""
 
     def loss(x):
-        logits = net.apply(variables, x, training=False)
+        logits = jnp.asarray(net.apply(variables, x, training=False))
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         apart = distance(net, variables, x)
         return losses.mean() + TV * total_variation(x) + weight * apart
 
     updates, opt_state = optimizer(steps).update(jax.grad(loss)(x), opt_state)
-    return jnp.clip(optax.apply_updates(x, updates), 0, 1), opt_state
+    return jnp.clip(jnp.asarray(optax.apply_updates(x, updates)), 0, 1), opt_state
 
 
 def optimizer(steps: int) -> optax.GradientTransformation:

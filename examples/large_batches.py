@@ -74,7 +74,7 @@ def lars_and_sgd(mask: Any, steps: int) -> optax.GradientTransformation:
     def labels(params):
         return jax.tree.map(lambda own: "lars" if own else "sgd", mask(params))
 
-    rules = {
+    rules: dict[Any, optax.GradientTransformation] = {
         "lars": lars(everything, steps),
         "sgd": optax.sgd(warm(0.3, steps), momentum=0.9),
     }

@@ -57,6 +57,7 @@ from _covariate_shift import (
 )
 from _digits_figure import STYLE
 from _recipe import digits, finish, options, percent, table
+from jax.typing import ArrayLike
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
@@ -108,10 +109,13 @@ def scale_mask(params: Any) -> Any:
     )
 
 
-def l1(strength: jax.Array) -> optax.GradientTransformation:
+def l1(strength: ArrayLike) -> optax.GradientTransformation:
     """Adds the gradient of strength · Σ|scale|."""
-    slope = optax.stateless_with_tree_map(lambda g, p: g + strength * jnp.sign(p))
-    return optax.masked(slope, scale_mask)
+
+    def slope(gradient: Any, scale: Any) -> jax.Array:
+        return gradient + strength * jnp.sign(scale)
+
+    return optax.masked(optax.stateless_with_tree_map(slope), scale_mask)
 
 
 def masked(params: Any, keep: Keep) -> Any:
