@@ -8,10 +8,7 @@ them into pure functions, `jaxbn.linen` and `jaxbn.nnx` into Flax modules.
 import importlib
 from typing import TYPE_CHECKING
 
-from jaxbn import folding as folding
-from jaxbn import interop as interop
 from jaxbn import layers as layers
-from jaxbn import population as population
 from jaxbn._batch_norm import batch_norm as batch_norm
 from jaxbn._moments import Moments as Moments
 from jaxbn._moments import merge_moments as merge_moments
@@ -26,18 +23,23 @@ from jaxbn._running_stats import init_stats as init_stats
 from jaxbn._running_stats import update as update
 
 if TYPE_CHECKING:
+    from jaxbn import folding as folding
+    from jaxbn import interop as interop
     from jaxbn import linen as linen
     from jaxbn import nnx as nnx
+    from jaxbn import population as population
 
 __version__ = "0.1.0"
 
+# Loaded on first use: Flax must not be imported, and the rest takes half of the time.
+_LAZY = ("folding", "interop", "linen", "nnx", "population")
+
 
 def __getattr__(name: str):
-    # Importing jaxbn must not import Flax, so the Flax modules load on first use.
-    if name in ("linen", "nnx"):
+    if name in _LAZY:
         return importlib.import_module(f"jaxbn.{name}")
     raise AttributeError(f"module 'jaxbn' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), "linen", "nnx"])
+    return sorted({*globals(), *_LAZY})
