@@ -28,6 +28,8 @@ CORE := $(patsubst %,tests/test_%.py,moments normalize batch_norm running_stats 
 # Plain torch brings gigabytes of CUDA.
 PEERS ?= '.[peers]' torch==2.13.0+cpu
 PYTEST = $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal --durations=15
+# Examples with a table and a figure on a page of their own.
+RECIPES := adapt_at_test_time averaged_weights federated inversion slimming uncertainty
 # Documents whose examples are run.
 PAGES := README.md
 
@@ -104,7 +106,11 @@ figures: $(INSTALLED)  ## Draw the pictures that the pages show.
 	$(BIN)/python examples/crossq.py --figure docs/figures/crossq.png
 	$(BIN)/python examples/covariate_shift.py --figure docs/figures/covariate_shift.png
 	$(BIN)/python examples/why_batch_norm.py --figures docs/figures
+	for name in $(RECIPES); do $(BIN)/python examples/$$name.py \
+	    --table docs/recipes/tables/$$name.md --figure docs/figures/$$name.png || exit; done
+	$(BIN)/python examples/large_batches.py --table docs/recipes/tables/large_batches.md
 	$(BIN)/python benchmarks/figures.py
+	$(BIN)/python docs/social_card.py
 
 dist: $(INSTALLED)  ## Build both distributions in dist/, check them, and try them elsewhere.
 	rm -rf dist out/dist

@@ -22,7 +22,7 @@ def draw(results: dict, weights: dict, path: Path) -> None:
         left, right = figure.subplots(1, 2, width_ratios=[2.1, 1])
         accuracy_panel(left, results)
         weight_panel(right, weights)
-        figure.savefig(path, dpi=140)
+        figure.savefig(path, dpi=200)
 
 
 def accuracy_panel(axes: Axes, results: dict) -> None:

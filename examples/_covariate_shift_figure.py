@@ -35,7 +35,7 @@ def draw(results: dict, drifts: dict, strength: int, paths: Iterable[Path]) -> N
         accuracy_panels(upper, results)
         drift_panels(lower, drifts, strength)
         for path in paths:
-            figure.savefig(path, dpi=140)
+            figure.savefig(path, dpi=200)
 
 
 def accuracy_panels(figure: SubFigure, results: dict) -> None:
@@ -51,7 +51,7 @@ def accuracy_panels(figure: SubFigure, results: dict) -> None:
                 color=color,
                 marker=marker,
                 linestyle=dashes,
-                label=method,
+                label="source (not adapted)" if method == "source" else method,
             )
         axes.set_title(name)
         axes.set_xlabel(UNITS[name])

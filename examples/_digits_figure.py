@@ -50,7 +50,7 @@ def draw(runs: dict[str, Run], lr: float, paths: Iterable[Path]) -> None:
         gap_panel(lower_right, runs)
         heading(figure, runs)
         for path in paths:
-            figure.savefig(path, dpi=140)
+            figure.savefig(path, dpi=200)
 
 
 def heading(figure: Figure, runs: dict[str, Run]) -> None:

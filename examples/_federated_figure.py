@@ -34,4 +34,4 @@ def draw(histories: dict[str, dict[int, list[float]]], path: Path) -> None:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         panels[0].set_ylabel("test accuracy")
         panels[0].legend(loc="lower right")
-        figure.savefig(path, dpi=140)
+        figure.savefig(path, dpi=200)

@@ -8,6 +8,7 @@ import numpy as np
 from _digits_figure import DASHES, GREY, STYLE, accuracy_axis
 from _why_experiments import DRIFT_RATE, PIECES, Rows
 from _why_tables import ACCURACY, mean_loss, split
+from _why_training import DIVERGED
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -51,7 +52,7 @@ def draw(name: str, rows: Rows, paths: Iterable[Path]) -> None:
     with rc_context(STYLE):
         figure = FIGURES[name](rows)
         for path in paths:
-            figure.savefig(path, dpi=140)
+            figure.savefig(path, dpi=200)
 
 
 def panels(rows: int, columns: int, height: float, **shared) -> tuple[Figure, list]:
@@ -96,6 +97,14 @@ def by_rate(axes: Axes, looks: dict[str, Look], rows: Rows, key: str) -> None:
         axes.set_yscale("log")
         axes.set_ylabel(f"{key}, nats")
         axes.axhline(np.log(10), color=GREY, linewidth=0.9, linestyle="--", zorder=1)
+        mark_diverged(axes, np.max([row[key] for row in rows]))
+
+
+def mark_diverged(axes: Axes, highest: float) -> None:
+    """Says what a loss at the cap means, if there is one."""
+    if highest >= DIVERGED:
+        place = {"xy": (0.02, DIVERGED), "xycoords": ("axes fraction", "data")}
+        axes.annotate("10: diverged →", color=GREY, fontsize=8, va="center", **place)
 
 
 def gradients(rows: Rows) -> Figure:
@@ -187,9 +196,12 @@ def drift_and_speed(axes: Axes, rows: Rows) -> None:
         y = [np.mean(mean_loss(row)) for row in of]
         style: dict = {"linestyle": look.dashes, "marker": look.marker}
         axes.plot(x, y, color=look.color, **style)
+        for row, *point in zip(of, x, y, strict=True):
+            offset = {"xytext": (4, 3), "textcoords": "offset points"}
+            axes.annotate(f"{row['lr']:g}", point, fontsize=7, color=GREY, **offset)
     axes.set_title("Does less drift go with faster training?")
     axes.set(xscale="log", yscale="log")
-    axes.set_xlabel("mean drift of what the activation gets, nats")
+    axes.set_xlabel("mean drift of what the activation gets, nats (numbers: rates)")
     axes.set_ylabel("mean loss over training, nats")
 
 
@@ -203,6 +215,7 @@ def place(rows: Rows) -> Figure:
         ):
             by_rate(axes, PLACES, of, key)
             axes.set_title(f"{activation}: {key}")
+            axes.tick_params(labelbottom=True)
     legend(figure, PLACES.values())
     return figure
 

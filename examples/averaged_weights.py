@@ -204,7 +204,7 @@ def draw(paths: Found, shares: np.ndarray, path: Path) -> None:
         figure.legend(
             title="channels, statistics", loc="outside right center", fontsize=9
         )
-        figure.savefig(path, dpi=140)
+        figure.savefig(path, dpi=200)
 
 
 def main(argv: Sequence[str] | None = None, net: Network | None = None) -> Found:

@@ -144,7 +144,7 @@ def draw(images: dict[str, np.ndarray], path: Path) -> None:
             axes.set_xticks(4.5 + 10 * np.arange(10), map(str, range(10)))
             axes.set_yticks([])
         axes.set_xlabel("wanted class")
-        figure.savefig(path, dpi=140)
+        figure.savefig(path, dpi=200)
 
 
 def main(argv: Sequence[str] | None = None, net: Network | None = None) -> Results:

@@ -271,7 +271,7 @@ def draw(results: Results, sizes: dict[str, np.ndarray], path: Path) -> None:
         for axis in (right.xaxis, right.yaxis):
             axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         figure.legend(*right.get_legend_handles_labels(), loc="outside right center")
-        figure.savefig(path, dpi=140)
+        figure.savefig(path, dpi=200)
 
 
 def main(argv: Sequence[str] | None = None, net: Network | None = None) -> Results:

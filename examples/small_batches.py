@@ -38,7 +38,7 @@ seed's numbers to results.json, and the picture to small_batches.png.
 
 Options:
     --seeds N       How many seeds (default 5).
-    --batches N...  Batch sizes (default 2 4 8 32).
+    --batches N...  Batch sizes (default 2 4 8 16 32).
     --examples N    Images seen by each run (default 16384, twelve epochs).
     --lr X          Learning rate at batch 32 (default 0.02).
     --epsilon X     Added to every variance (default 1e-5).
@@ -102,7 +102,7 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--seeds", type=int, default=5, help="how many seeds")
-    add("--batches", type=int, nargs="+", default=[2, 4, 8, 32], help="batch sizes")
+    add("--batches", type=int, nargs="+", default=[2, 4, 8, 16, 32], help="batch sizes")
     add("--examples", type=int, default=16384, help="images seen by each run")
     add("--lr", type=float, default=0.02, help="learning rate at batch 32")
     add("--epsilon", type=float, default=1e-5, help="added to every variance")
@@ -245,7 +245,7 @@ def draw(results: Results, paths: Iterable[Path]) -> None:
         right.set_ylabel("inference − training mode, in points")
         left.legend(loc="lower right")
         for path in paths:
-            figure.savefig(path, dpi=140)
+            figure.savefig(path, dpi=200)
         plt.close(figure)
 
 

@@ -170,7 +170,7 @@ def draw(found: dict[str, Probabilities], labels: dict[str, np.ndarray], path: P
         for kind, (color, marker) in LOOKS.items():
             panels[0].plot([], [], color=color, marker=marker, label=kind)
         panels[0].legend(loc="upper left")
-        figure.savefig(path, dpi=140)
+        figure.savefig(path, dpi=200)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Scores]]:
