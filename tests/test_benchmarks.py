@@ -15,6 +15,7 @@ SMALL = "--rounds 1 --malloc default"
 # What each script is run with; a file of results is OUT, a folder of them FOLDER.
 RUNS = [
     ("accuracy", "--steps 1 2 --libraries linen --out OUT"),
+    ("comparison", "--out FOLDER"),
     ("compiled", "cpu --shape 4x2x2x8 --libraries jaxbn linen --out FOLDER"),
     ("figures", "--folder FOLDER"),
     ("folding", "cpu --batch 1 --size 8 --blocks 1 --dtypes float32"),

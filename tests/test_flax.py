@@ -178,6 +178,7 @@ def test_linen_fields_and_arguments():
         ("example_weight", 0.0),
         ("pseudo_samples", None),
         ("accumulate", False),
+        ("skip_nonfinite", False),
     ]
     # parent and name stand last in every linen module.
     assert fields(jaxbn.linen.BatchNorm) == [*theirs[:-2], *own, *theirs[-2:]]
@@ -191,9 +192,9 @@ def test_nnx_arguments():
 
     ours = arguments(jaxbn.nnx.BatchNorm.__init__)
     own = ["unbiased", "derivatives", "implementation", "example_weight"]
-    own += ["pseudo_samples", "accumulate"]
-    assert [n for n, *_ in ours[-6:]] == own
-    assert ours[:-6] == arguments(nnx.BatchNorm.__init__)
+    own += ["pseudo_samples", "accumulate", "skip_nonfinite"]
+    assert [n for n, *_ in ours[-7:]] == own
+    assert ours[:-7] == arguments(nnx.BatchNorm.__init__)
     calls = [arguments(c.__call__) for c in (jaxbn.nnx.BatchNorm, nnx.BatchNorm)]
     assert calls[0] == calls[1]
 

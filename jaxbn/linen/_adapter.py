@@ -1,5 +1,6 @@
 """Makes linen modules from layers: stores their parameters and statistics."""
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -244,4 +245,5 @@ class Variant(Adapter):
     axis_name: _devices.AxisName | None = None
     accumulate: bool = False
     implementation: str | None = None
-    skip_nonfinite: bool = False
+    # After the fields of variants, which may be given by position.
+    skip_nonfinite: bool = dataclasses.field(default=False, kw_only=True)

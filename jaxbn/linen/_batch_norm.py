@@ -89,10 +89,10 @@ class BatchNorm(Adapter, nn.BatchNorm):
     unbiased: bool = False
     derivatives: str = "vjp"
     implementation: str | None = None
-    skip_nonfinite: bool = False
     example_weight: ArrayLike = 0.0
     pseudo_samples: ArrayLike | None = None
     accumulate: bool = False
+    skip_nonfinite: bool = False
 
     @nn.nowrap
     def _layer(self, **given: Any) -> layers.Layer:

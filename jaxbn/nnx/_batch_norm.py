@@ -112,10 +112,10 @@ class BatchNorm(Adapter, nnx.BatchNorm):
         unbiased: bool = False,
         derivatives: str = "vjp",
         implementation: str | None = None,
-        skip_nonfinite: bool = False,
         example_weight: ArrayLike = 0.0,
         pseudo_samples: ArrayLike | None = None,
         accumulate: bool = False,
+        skip_nonfinite: bool = False,
     ):
         features = _axes.shape(num_features, "num_features")
         axis, axis_name, axis_index_groups = fields.hashable(
