@@ -108,7 +108,7 @@ def micro_step(net: Net, variables, opt_state, batch: Data, every: int):
 
 @partial(jax.jit, static_argnums=0)
 def accuracy(net: Net, variables, data: Data) -> jax.Array:
-    logits = net.apply(variables, data.x, data.mask, train=False)
+    logits = jnp.asarray(net.apply(variables, data.x, data.mask, train=False))
     return (logits.argmax(-1) == data.y).mean()
 
 

@@ -97,7 +97,7 @@ def torch_step(net: torch.nn.Module, x: np.ndarray, y: np.ndarray) -> float:
     loss.backward()
     with torch.no_grad():
         for parameter in net.parameters():
-            parameter -= LEARNING_RATE * parameter.grad
+            parameter -= LEARNING_RATE * parameter.grad  # type: ignore  (not None)
     return loss.item()
 
 
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     params, stats = converted(net)
     test = torch.from_numpy(images[:100].transpose(0, 3, 1, 2).copy())
     theirs = net.eval()(test).detach().numpy()
-    ours, _ = apply(params, stats, images[:100], training=False)
+    ours, _ = apply(params, stats, jnp.asarray(images[:100]), training=False)
     logits = float(np.max(np.abs(ours - theirs)))
     losses = []
     for rows in (rng.choice(len(images), BATCH) for _ in range(steps)):
