@@ -196,10 +196,10 @@ def drift_and_speed(axes: Axes, rows: Rows) -> None:
         y = [np.mean(mean_loss(row)) for row in of]
         style: dict = {"linestyle": look.dashes, "marker": look.marker}
         axes.plot(x, y, color=look.color, **style)
-        for row, *point in zip(of, x, y, strict=True):
+        for row, at_x, at_y in zip(of, x, y, strict=True):
             offset: dict = {"xytext": (4, 3), "textcoords": "offset points"}
-            label = f"{row['lr']:g}"
-            axes.annotate(label, tuple(point), fontsize=7, color=GREY, **offset)
+            point, label = (at_x, at_y), f"{row['lr']:g}"
+            axes.annotate(label, point, fontsize=7, color=GREY, **offset)
     axes.set_title("Does less drift go with faster training?")
     axes.set(xscale="log", yscale="log")
     axes.set_xlabel("mean drift of what the activation gets, nats (numbers: rates)")
