@@ -40,7 +40,11 @@ def first_variance(library: Any) -> str:
     true = np.var(x.astype(np.float64), 0)
     used = true / np.var(y, 0) - library.epsilon
     error = np.max(np.abs(used / true - 1))
-    return "exact" if error < 1e-4 else f"{100 * error:.0f} % off"
+    if error < 1e-4:
+        return "exact"
+    # The last digits depend on the machine and on the version of XLA.
+    bound = next((b for b in (50, 5, 1) if 100 * error > b), 0)
+    return f"more than {bound} % off"
 
 
 def nan_under_the_mask(library: Any) -> str:
