@@ -200,9 +200,9 @@ def drift_and_speed(axes: Axes, rows: Rows) -> None:
             offset: dict = {"xytext": (4, 3), "textcoords": "offset points"}
             point, label = (at_x, at_y), f"{row['lr']:g}"
             axes.annotate(label, point, fontsize=7, color=GREY, **offset)
-    axes.set_title("Does less drift go with faster training?")
+    axes.set_title("Drift and speed, a point for each learning rate")
     axes.set(xscale="log", yscale="log")
-    axes.set_xlabel("mean drift of what the activation gets, nats (numbers: rates)")
+    axes.set_xlabel("mean drift of what the activation gets, nats")
     axes.set_ylabel("mean loss over training, nats")
 
 

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import torch
+import torch  # type: ignore  (installed by `make peers`)
 from _options import positive
 from jax import lax
 from sklearn.datasets import load_digits
