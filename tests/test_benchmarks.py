@@ -79,7 +79,8 @@ def test_runs(script, argv, tmp_path):
     for path in written:
         found = json.loads(path.read_text())
         assert {"machine", "versions", "options"} < found.keys()
-        assert "nan" not in out.stdout.lower()
+        # What other libraries make of hard inputs may be NaN.
+        assert script == "comparison" or "nan" not in out.stdout.lower()
 
 
 @pytest.mark.parametrize("relu", [pytest.param(False, marks=pytest.mark.slow), True])
