@@ -1,6 +1,7 @@
 """What holds for every test: eight devices, strict shapes, no NaN passing unseen."""
 
 import os
+import pathlib
 
 import jax
 import older
@@ -28,6 +29,13 @@ def eight_devices():
 def x64():
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def examples(monkeypatch):
+    """Lets a test import the modules of examples/."""
+    folder = pathlib.Path(__file__).parents[1] / "examples"
+    monkeypatch.syspath_prepend(str(folder))
 
 
 def pytest_collection_modifyitems(items):

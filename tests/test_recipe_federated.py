@@ -1,17 +1,10 @@
 """The recipe of federated learning: what is averaged, and what it comes to."""
 
-import pathlib
-
 import jax
 import numpy as np
 import pytest
 
-EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
-
-
-@pytest.fixture(autouse=True)
-def importable(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+pytestmark = pytest.mark.usefixtures("examples")
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,10 @@
 """The recipe of Monte Carlo batch norm: sampled statistics, and calibration."""
 
-import pathlib
-
 import jax
 import numpy as np
 import pytest
 
-EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
-
-
-@pytest.fixture(autouse=True)
-def importable(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+pytestmark = pytest.mark.usefixtures("examples")
 
 
 def test_the_calibration_error_of_known_predictions():

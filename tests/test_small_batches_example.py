@@ -1,19 +1,13 @@
 """The study of small batches: it writes what it says, of the same data for all."""
 
 import json
-import pathlib
 import sys
 
 import jax
 import numpy as np
 import pytest
 
-EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
-
-
-@pytest.fixture(autouse=True)
-def importable(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+pytestmark = pytest.mark.usefixtures("examples")
 
 
 @pytest.fixture
