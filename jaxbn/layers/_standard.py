@@ -84,8 +84,8 @@ def standard(
       implementation: How the sums of a batch are computed, as for `moments`.
       skip_nonfinite: Whether one bad batch leaves the running statistics alone, as for
         `update`: features whose batch mean or variance is infinite or NaN then have
-        weight 0 in the moments that `forward` returns in training. The output is what
-        it is: NaN.
+        weight 0 in the moments that `forward` returns in training. The output of the
+        layer does not change.
 
     Returns:
       A `Layer`. Its state is a `RunningStats`. Its `weights` are as for `moments`, and
