@@ -28,7 +28,7 @@ class InJax:
     has_mask, has_devices, epsilon = False, True, 1e-5
 
     def call(self, x: jax.Array, mask: Any, guarded: bool = False) -> tuple:
-        raise NotImplementedError("Each library has its own.")
+        raise NotImplementedError("Define `call` in the class of the library.")
 
     def train(self, x, mask=None, gradient: bool = False, guarded: bool = False):
         """One step from the initial statistics."""

@@ -3,7 +3,8 @@
     python benchmarks/comparison.py
 
 Each row is one question, put to every library with its default settings, in float32 on
-a CPU. A library that has no argument for it has a dash. Those that are missing here
+a CPU; only the guard against infinity is switched on where there is one. A library that
+has no argument for a question has a dash. Those that are missing here
 (`make peers` installs them) are left out. Writes JSON, from which `tables.py` makes the
 table.
 """
@@ -101,7 +102,7 @@ ROWS: dict[str, Callable[[Any], str]] = {
     "Rest of the batch and its gradients, NaN under the mask": nan_under_the_mask,
     "Running statistics after a batch that is all masked": all_masked,
     "Mean over 4 devices with different masks": masks_over_devices,
-    "Running statistics after infinity in the input": one_bad_batch,
+    "Running statistics after infinity, guarded (`skip_nonfinite`)": one_bad_batch,
     "Kept for the backward pass": kept_for_backward,
 }
 

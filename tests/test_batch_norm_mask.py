@@ -55,6 +55,8 @@ def test_linen_by_name(variables):
 def test_names_that_say_nothing(variables):
     with pytest.raises(ValueError, match=r"\['scale_only'\]. Pass `statistics`"):
         MASK(variables["params"])
+    with pytest.raises(ValueError, match=r"\['norm_in'\]"):
+        MASK({"norm_in": {"scale": 1.0}})
     params = {"norm": {"bias": 1.0}, "net": {"scale": 1.0}, "bias_of": {"bias": 1.0}}
     with pytest.raises(ValueError, match=r"\['net', 'norm'\]"):
         MASK(params)

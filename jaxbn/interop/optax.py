@@ -22,7 +22,7 @@ NORM_CLASS = re.compile(r".*norm(alization)?(\dd)?", re.IGNORECASE)
 OF_BATCH = re.compile(r"batch_?(re)?_?norm|(^|_)bn(\d|_|$)|^bn\w*norm", re.IGNORECASE)
 OF_OTHERS = re.compile(
     r"(layer|group|instance|rms|spectral|weight|filter|scale|power)_?norm"
-    r"|(^|_)(ln|gn|in|rms)(_?\d+)?$",
+    r"|(^|_)(ln|gn|rms)(_?\d+)?$",
     re.IGNORECASE,
 )
 # Linen names the parameters of these by the kernels that they normalize.

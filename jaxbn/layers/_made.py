@@ -13,7 +13,7 @@ from jax.core import Tracer
 from jaxbn import _axes, _dtypes, _kernels
 from jaxbn._batch_norm import require_derivatives
 from jaxbn._normalize import checked_epsilon
-from jaxbn._running_stats import require_momentum
+from jaxbn._running_stats import require_bool, require_momentum
 from jaxbn.layers._fast_variance import require_fast_variance
 
 signature = functools.cache(inspect.signature)
@@ -92,8 +92,8 @@ def _require_bool(make: Callable[..., Any], name: str) -> Callable[[Any], None]:
 
     def require(value: Any) -> None:
         default = signature(make).parameters[name].default
-        if isinstance(default, bool) and not isinstance(value, (bool, np.bool_)):
-            raise TypeError(f"`{name}` must be True or False, got {value!r}.")
+        if isinstance(default, bool):
+            require_bool(name, value)
 
     return require
 
