@@ -265,6 +265,19 @@ def test_narrow_dtypes(dtype):
     assert {a.dtype for a in folded.values()} == {jnp.dtype(dtype)}
 
 
+def test_kernels_that_are_meant_to_be_rounded_are_not_added_up():
+    def infer(p, x):
+        options = {"preferred_element_type": jnp.float32}
+        kernels = (p[name]["kernel"].astype(x.dtype) for name in "ab")
+        y = sum(conv(x, kernel, **options) for kernel in kernels)
+        return y + jaxbn.normalize(x, **p["c"]["norm"], dtype=jnp.float32)
+
+    tree = params_of(a=kernel(3, 3), b=kernel(1, 1), c=None)
+    for dtype, merged in ((jnp.bfloat16, 1), (jnp.float8_e4m3fn, 0)):
+        x = jax.ShapeDtypeStruct((2, SIZE, SIZE, FEATURES), dtype)
+        assert len(report(infer, tree, x).merged) == merged
+
+
 class RepVGG(nn.Module):
     """A block of RepVGG, as it is trained."""
 

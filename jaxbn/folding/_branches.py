@@ -6,7 +6,14 @@ from typing import NamedTuple
 from jaxbn.folding import _grid, _layout, _markers
 from jaxbn.folding._grid import Grid
 from jaxbn.folding._markers import Normalization
-from jaxbn.folding._match import ADDED, No, Vector, added, require_own_kernel
+from jaxbn.folding._match import (
+    ADDED,
+    No,
+    Vector,
+    added,
+    require_own_kernel,
+    require_range,
+)
 from jaxbn.folding._product import Axes, Product, product
 from jaxbn.folding._program import INPUTS, Op, Value
 
@@ -104,6 +111,7 @@ def branch_of(term: Term, axes: Axes, users: dict) -> Branch:
 def _has_own_kernel(found: Product, users: dict) -> bool:
     try:
         require_own_kernel(found, users)
+        require_range(found.kernel.dtype)
     except No:
         return False
     return found.op.eqn is not None and found.op.params.get("batch_group_count", 1) == 1

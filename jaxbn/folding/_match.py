@@ -49,7 +49,7 @@ def match(norm: Normalization, program: Program, position: str) -> Match:
     users = program.users()
     found = _after(norm, users) if position == "after" else _before(norm, users)
     require_own_kernel(found.product, users)
-    _require_range(found.product.kernel.dtype)
+    require_range(found.product.kernel.dtype)
     vectors = [*norm.vectors, *(bias.value for bias in found.biases)]
     if not jnp.issubdtype(found.product.kernel.dtype, jnp.complexfloating) and any(
         v is not None and jnp.issubdtype(v.dtype, jnp.complexfloating) for v in vectors
@@ -154,7 +154,7 @@ def require_own_kernel(found: Product, users: dict) -> None:
         value = op.inputs[0]
 
 
-def _require_range(dtype) -> None:
+def require_range(dtype) -> None:
     """Raises `No` if the dtype may not hold the kernel times a factor."""
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise No("the kernel is not floating")
