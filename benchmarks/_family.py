@@ -123,16 +123,21 @@ def measure(shape: list[int], dtype: str, mode: str, rounds: int) -> dict:
     return {"mode": mode, "dtype": dtype, "shape": shape, "layers": times}
 
 
-def table(cases: list[dict], dtype: str) -> str:
-    """A row for each layer: its times over those of `standard`, case by case."""
-    cases = [case for case in cases if case["dtype"] == dtype]
-    kinds = [(c["shape"], c["mode"]) for c in cases]
-    head = ["", *(f"{shape_text(shape)}, {mode}" for shape, mode in kinds)]
-    base = [c["layers"][BASE][1] for c in cases]
-    rows = [[f"{BASE}, ms", *(f"{ms:.3g}" for ms in base)]]
-    for name in FAMILY:
-        if name != BASE:
-            found = [c["layers"].get(name) for c in cases]
-            ratios = [f[1] / b if f else None for f, b in zip(found, base, strict=True)]
-            rows.append([name, *("–" if r is None else f"{r:.2f}" for r in ratios)])
-    return markdown(head, rows)
+def table(cases: list[dict]) -> str:
+    """Times relative to `standard`: a table for each shape, a row for each layer."""
+    tables = []
+    for shape in dict.fromkeys(tuple(case["shape"]) for case in cases):
+        alike = [case for case in cases if tuple(case["shape"]) == shape]
+        base = [case["layers"][BASE][1] for case in alike]
+        rows = [[f"{BASE}, ms", *(f"{ms:.3g}" for ms in base)]]
+        for name in FAMILY:
+            if name != BASE:
+                found = [case["layers"].get(name) for case in alike]
+                ratios = [
+                    f"{f[1] / b:.2f}" if f else "–"
+                    for f, b in zip(found, base, strict=True)
+                ]
+                rows.append([name, *ratios])
+        head = [shape_text(shape), *(f"{c['dtype']}, {c['mode']}" for c in alike)]
+        tables.append(markdown(head, rows))
+    return "\n\n".join(tables)

@@ -1,7 +1,7 @@
 """The pages' tables of whole networks, and of a GPU."""
 
 from _programs import KINDS
-from _tables import markdown, read, shape_text
+from _tables import markdown, read, shape_text, three_digits
 
 TARGETS = {"h200": "H200", "v5e": "TPU v5e", "cpu": "CPU"}
 DTYPES = ("bfloat16", "float32")
@@ -25,17 +25,23 @@ def ratios() -> str:
 
 
 def networks() -> str:
-    """GiB by kinds of kernels, and what else is known of each program."""
-    words = {"total": "all", "kernels": "kernels", "scratch": "scratch"}
-    words |= {"all_reduces": "all-reduces"}
-    rows = []
+    """A table for each target: GiB by kinds of kernels, and the rest that is known."""
+    sizes = [*KINDS, "total", "scratch"]
+    counts = {"kernels": "kernels", "all_reduces": "all-reduces"}
+    head = ["network", "dtype", "norm", *KINDS, "all", "scratch", *counts.values()]
+    tables = []
     for target, shown in TARGETS.items():
-        for (name, dtype, library), case in _cases(target).items():
-            cells = [case[kind] for kind in KINDS]
-            cells += [case.get(word, "") for word in words]
-            rows.append([shown, name, dtype, library, *cells])
-    head = ["compiled for", "network", "dtype", "norm", *KINDS, *words.values()]
-    return markdown(head, rows, left=4)
+        rows = [
+            [
+                *kind,
+                *(three_digits(case[size]) for size in sizes),
+                *(case.get(count, "") for count in counts),
+            ]
+            for kind, case in _cases(target).items()
+        ]
+        if rows:
+            tables.append(f"{shown}:\n\n{markdown(head, rows, left=3)}")
+    return "\n\n".join(tables)
 
 
 def gpu_layers() -> str:

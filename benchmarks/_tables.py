@@ -44,3 +44,8 @@ def markdown(head: Iterable[str], rows: Iterable[Iterable[Any]], left: int = 1) 
 def shape_text(shape: Iterable[int]) -> str:
     """As people write it."""
     return " × ".join(map(str, shape))
+
+
+def three_digits(value: float) -> str:
+    """The number to three digits, or to the whole, without an exponent."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}"

@@ -108,12 +108,13 @@ def parse() -> argparse.Namespace:
 
 
 def family(args: argparse.Namespace) -> None:
-    """Prints a table for each dtype: the layers by shape and mode."""
+    """Prints a table for each shape: the layers by dtype and mode."""
     cases = []
-    for dtype in args.dtypes:
-        kinds = itertools.product(args.shapes, args.modes)
-        cases += [measure_family(s, dtype, mode, args.rounds) for s, mode in kinds]
-        print(f"\n{dtype}:\n\n{table(cases, dtype)}", flush=True)
+    for shape in args.shapes:
+        kinds = itertools.product(args.dtypes, args.modes)
+        alike = [measure_family(shape, *kind, args.rounds) for kind in kinds]
+        print(f"\n{table(alike)}", flush=True)
+        cases += alike
     store(args, cases)
 
 

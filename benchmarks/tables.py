@@ -91,13 +91,9 @@ def means() -> str:
 
 
 def family() -> str:
-    """jaxbn's layers beside `standard`, a table for each dtype."""
+    """jaxbn's layers relative to `standard`."""
     found = read("family_cpu")
-    tables = [
-        f"{dtype}:\n\n{family_table(found['cases'], dtype)}"
-        for dtype in sorted({case["dtype"] for case in found["cases"]})
-    ]
-    return "\n\n".join([*tables, _setting(found)])
+    return f"{family_table(found['cases'])}\n\n{_setting(found)}"
 
 
 def resnet() -> str:
