@@ -31,6 +31,7 @@ class Setting:
     lr: float
     epsilon: float
     limits: tuple[float, float]  # Where r_max and d_max of renorm end.
+    frozen: bool = False  # Whether the kernels stay as they were at first.
 
 
 class State(NamedTuple):
@@ -83,7 +84,11 @@ def optimizer(setting: Setting) -> optax.GradientTransformation:
     # the number of others in its step.
     peak = setting.lr * setting.batch / REFERENCE_BATCH
     schedule = optax.cosine_decay_schedule(peak, setting.steps)
-    return optax.sgd(schedule, momentum=0.9)
+    sgd = optax.sgd(schedule, momentum=0.9)
+    if not setting.frozen:
+        return sgd
+    frozen = {"kernels": True, "norms": False, "head": False}
+    return optax.chain(sgd, optax.masked(optax.set_to_zero(), frozen))
 
 
 def init(setting: Setting, key: jax.Array) -> State:

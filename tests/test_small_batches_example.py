@@ -46,6 +46,20 @@ def test_the_study_writes_its_tables_and_its_picture(study, tmp_path, capsys):
                 assert 0 <= accuracy <= 1
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_frozen_kernels_stay_and_the_rest_moves(frozen, examples):
+    import _small_batches as study
+
+    setting = study.Setting("batch norm", 4, 9, 0.1, 1e-5, (3.0, 5.0), frozen)
+    old = study.init(setting, jax.random.key(0))
+    x = jax.random.normal(jax.random.key(1), (4, 64))
+    step = jax.jit(study.train_step, static_argnums=0)
+    new = step(setting, step(setting, old, x, np.arange(4)), x, np.arange(4))
+    same = jax.tree.map(np.array_equal, new.params, old.params)
+    assert all(is_same == frozen for is_same in same["kernels"])
+    assert not any(jax.tree.leaves([same["norms"], same["head"]]))
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
