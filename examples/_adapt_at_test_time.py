@@ -1,4 +1,4 @@
-"""Methods of test-time adaptation, and the streams that they are tried on."""
+"""Methods of test-time adaptation, and their predictions for streams of images."""
 
 from collections.abc import Callable
 from functools import partial
@@ -49,9 +49,9 @@ class Variant(Network):
 
 
 class MixedBatchNorm(nn.Module):
-    """TTN: statistics of a mixture of training data and batch, by channel.
+    """TTN (test-time normalization): a mixture of training and batch statistics.
 
-    The collection `weights` holds the weight of the batch.
+    The collection `weights` holds the weight of the batch in each channel.
     """
 
     use_running_average: bool
@@ -80,7 +80,7 @@ class Method(NamedTuple):
 
 
 class State(NamedTuple):
-    """What a stream changes. All other parameters are None in `norms`."""
+    """What a stream changes. In `norms`, all other parameters are None."""
 
     norms: Any
     batch_stats: Any
@@ -101,7 +101,7 @@ def methods(
         BatchRenorm,
         r_max=jnp.inf,
         d_max=jnp.inf,
-        warm_up_steps=1,  # The first batch has no statistics before it.
+        warm_up_steps=1,  # For the first batch there are no running statistics.
         momentum=jaxbn.debiased(decay),
     )
     zeros, ones = np.zeros(net.width, np.float32), np.ones(net.width, np.float32)
@@ -112,7 +112,7 @@ def methods(
         Method(variant(BatchNorm), variables),
         Method(variant(BatchNorm, pseudo_samples=0.0), variables),
         Method(variant(BatchNorm, pseudo_samples=PSEUDO_SAMPLES), variables),
-        # As many as the batch has: half of each.
+        # As many as the batch has, so that each has half of the weight.
         Method(variant(BatchNorm, pseudo_samples=float(size)), variables),
         Method(variant(MixedBatchNorm), {**variables, "weights": weights}),
         Method(
@@ -125,7 +125,7 @@ def methods(
 
 
 def entropy(logits: jax.Array) -> jax.Array:
-    """Mean entropy of the predictions."""
+    """The mean entropy of the predictions."""
     return optax.softmax_cross_entropy(logits, nn.softmax(logits)).mean()
 
 
@@ -177,7 +177,7 @@ def step(
 
 @partial(jax.jit, static_argnums=0)
 def _step_of_all(static, variables, states, x):
-    """A step of each stream; they share all parameters but scale and bias."""
+    """A step of each stream. They share all parameters except scale and bias."""
     net, follows, optimizer = static
     method = Method(net, variables, follows, optimizer)
     return jax.vmap(partial(step, method, variables))(states, x)
@@ -190,7 +190,7 @@ def _predict_all(net, variables, x):
 
 
 def predictions(method: Method, x: np.ndarray) -> np.ndarray:
-    """Labels for streams of shape (streams, batches, batch, 8, 8), as they pass by."""
+    """Labels for streams of shape (streams, batches, batch, 8, 8), batch by batch."""
     if not method.follows:
         return np.asarray(_predict_all(method.net, method.variables, x).argmax(-1))
     static = method.net, method.follows, method.optimizer
@@ -203,7 +203,7 @@ def predictions(method: Method, x: np.ndarray) -> np.ndarray:
 
 
 def augmented(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One change of gain, background and noise for the whole batch, like a domain."""
+    """Changes gain, background and noise of the whole batch, like a new domain."""
     gain, background, noise = rng.uniform((0.3, 0, 0), (1, 0.5, 0.3))
     x = gain * x + background + noise * rng.standard_normal(x.shape)
     return np.clip(x, 0, 1).astype(np.float32)
@@ -214,7 +214,7 @@ def ttn_weights(
 ) -> Any:
     """The weight of the batch in each channel, trained on augmented training images.
 
-    Labels of training data are used; the parameters of the network stay as they are.
+    This uses labels of training data. The parameters of the network do not change.
     """
     rng = np.random.default_rng(seed)
     half = {"test": jnp.zeros(net.width)}

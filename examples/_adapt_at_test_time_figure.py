@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-# Okabe and Ito's colours: one for each stream.
+# Okabe and Ito's colors, one for each stream.
 LOOKS = [("#0072B2", "o"), ("#56B4E9", "D"), ("#E69F00", "^"), ("#D55E00", "s")]
 
 

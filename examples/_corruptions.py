@@ -1,9 +1,9 @@
-"""Six corruptions of grey images, each at five strengths."""
+"""Six corruptions of gray images, each at five strengths."""
 
 import numpy as np
 from scipy import ndimage
 
-# What the strengths 0 to 5 mean; at 0 nothing happens.
+# The levels at strengths 0 to 5. At 0, nothing changes.
 LEVELS: dict[str, tuple[float, ...]] = {
     "noise": (0, 0.1, 0.2, 0.3, 0.4, 0.5),
     "blur": (0, 0.4, 0.6, 0.8, 1.0, 1.2),
@@ -24,9 +24,9 @@ STRENGTHS = (1, 2, 3, 4, 5)
 
 
 def corrupt(images: np.ndarray, name: str, strength: int, seed: int) -> np.ndarray:
-    """Images of shape (n, height, width) in 0 ... 1, corrupted, in float32.
+    """Corrupted images, for images of shape (n, height, width) with values in 0 ... 1.
 
-    What is random, noise and places, is the same at every strength.
+    The noise and the random places are the same at every strength.
     """
     if strength == 0:
         return images.astype(np.float32)
@@ -44,23 +44,23 @@ def blur(images: np.ndarray, deviation: float, rng: np.random.Generator):
 
 
 def contrast(images: np.ndarray, left: float, rng: np.random.Generator):
-    """Towards the mean of each image."""
+    """Moves pixels towards the mean of their image."""
     mean = images.mean((1, 2), keepdims=True)
     return mean + left * (images - mean)
 
 
 def rotation(images: np.ndarray, degrees: float, rng: np.random.Generator):
-    """Counterclockwise, linear between pixels, black where there was nothing."""
+    """Rotates counterclockwise, with linear interpolation and black corners."""
     return ndimage.rotate(images, degrees, axes=(2, 1), reshape=False, order=1)
 
 
 def inversion(images: np.ndarray, share: float, rng: np.random.Generator):
-    """Mixed with the negative: no contrast at a half, then the opposite."""
+    """Mixes images with their negatives: at 0.5 no contrast, above it inverted."""
     return (1 - share) * images + share * (1 - images)
 
 
 def occlusion(images: np.ndarray, side: float, rng: np.random.Generator):
-    """Behind a grey square at a random place inside the image."""
+    """Puts a gray square at a random place inside each image."""
     n, *shape = images.shape
     inside = []
     for size in shape:

@@ -1,4 +1,4 @@
-"""Network, training and adaptation of the study of covariate shift."""
+"""Network, training and adaptation, for the study of covariate shift and others."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -17,8 +17,8 @@ from jaxbn.linen import load_stats, moments_fn, running_stats
 from jaxbn.population import adapt, collect, drift
 
 BATCH_SIZE = 128
-BATCH = 64  # What is predicted at once.
-TEST_SIZE = 512  # A multiple of it.
+BATCH = 64  # Images that are predicted at once.
+TEST_SIZE = 512  # A multiple of BATCH.
 LEARNING_RATE = 0.1
 
 Variables = Mapping[str, Any]
@@ -35,7 +35,7 @@ class Digits(NamedTuple):
 
 
 class Network(nn.Module):
-    """Convolutions of the strides given, with batch norm and relu; then 10 logits."""
+    """Convolutions with these strides, batch norm and ReLU, and then 10 logits."""
 
     width: int = 32
     strides: tuple[int, ...] = (1, 1, 2, 1, 2, 1)
@@ -91,10 +91,10 @@ def init(net: Network, seed: int) -> State:
 def train_step(
     net: Network, state: State, data: Digits, seed: int, steps: int, i: int
 ) -> State:
-    """Step `i` of `steps`, on images that depend on it and the seed alone.
+    """Step `i` of `steps`, on images that depend on `i` and the seed only.
 
-    One call a step: in a compiled loop, XLA's convolutions on a CPU take some 20
-    times as long.
+    This is one call per step, because in a compiled loop XLA's convolutions on a CPU
+    take about 20 times as long.
     """
     key = jax.random.fold_in(jax.random.key(seed), i)
     rows = jax.random.choice(key, len(data.train_x), (BATCH_SIZE,), replace=False)
@@ -120,14 +120,14 @@ def accuracy(net: Network, variables: Variables, x, y) -> jax.Array:
 
 
 def adabn(net: Network, variables: Variables, batches) -> Variables:
-    """Variables with the statistics of a whole domain, unlabelled."""
+    """Variables with the statistics of a whole domain, without its labels."""
     moments = collect(moments_fn(net, variables, training=True), list(batches))
     return load_stats(variables, adapt(running_stats(variables), moments))
 
 
 @partial(jax.jit, static_argnums=0)
 def batch_accuracy(net: Network, variables: Variables, batches, labels) -> jax.Array:
-    """Accuracy if each batch is predicted with statistics of its own."""
+    """Accuracy if each batch is predicted with its own statistics."""
 
     def of_batch(x, y):
         moments = moments_fn(net, variables, training=True)(x)
@@ -140,14 +140,14 @@ def batch_accuracy(net: Network, variables: Variables, batches, labels) -> jax.A
 def mixed_accuracy(
     net: Network, variables: Variables, batches, labels, pseudo_samples: float
 ) -> jax.Array:
-    """Accuracy if each batch is predicted with statistics of its own, mixed with those
-    of training, which count as `pseudo_samples`.
+    """Accuracy if each batch is predicted with its own statistics, mixed with those of
+    training, which count as `pseudo_samples`.
 
-    A layer is to see inputs that come from layers with mixed statistics too, which
-    takes the layers' own option. Measured once, in training, with inputs that the
-    image alone normalizes, and mixed by `adapt`, they fit no more: with N = 1 that
-    comes to 58 % on average over the corruptions, less than without adapting, instead
-    of 68 %.
+    The layers' own option mixes the statistics, so that the inputs of each layer come
+    from layers with mixed statistics. It would be wrong to measure the statistics
+    once, with layers that normalize by the image only, and to mix them by `adapt`.
+    With N = 1 this gives 58 % on average over the corruptions instead of 68 %, which
+    is worse than without adaptation.
     """
     mixed = net.clone(pseudo_samples=pseudo_samples)
     of_batch = partial(accuracy, mixed, variables)
@@ -157,7 +157,7 @@ def mixed_accuracy(
 def accuracies(
     net: Network, variables: Variables, x: np.ndarray, y: np.ndarray, prior: float
 ) -> Accuracies:
-    """Of every method, on one set of images."""
+    """The accuracy of every method on one set of images."""
     batches = in_batches(x, BATCH), in_batches(y, BATCH)
     alone = in_batches(x, 1), in_batches(y, 1)
     found = {
@@ -171,6 +171,6 @@ def accuracies(
 
 
 def drift_from_training(net: Network, variables: Variables, batches):
-    """How far the inputs of each layer moved, as the network is used: at inference."""
+    """How far the inputs of each layer have moved, measured at inference."""
     moments = collect(moments_fn(net, variables, training=False), list(batches))
     return drift(running_stats(variables), moments)

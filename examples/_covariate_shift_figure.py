@@ -12,8 +12,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import PercentFormatter
 
-# Okabe and Ito's colours, told apart by every kind of colour vision: one for each
-# method, with a marker and a dash pattern.
+# Okabe and Ito's colors, which people with any color vision can tell apart. Each method
+# has one, with a marker and a dash pattern.
 LOOKS = [
     ("#333333", "s", "-"),
     ("#0072B2", "o", "-"),
@@ -22,7 +22,7 @@ LOOKS = [
     ("#009E73", "D", "-"),
 ]
 DRIFT_OF = {"contrast": " of the original", "rotation": "°"}
-FLOOR = 1e-2  # Nats below which all drift looks alike.
+FLOOR = 1e-2  # In nats. Smaller drift gets the same color.
 
 
 def draw(results: dict, drifts: dict, strength: int, paths: Iterable[Path]) -> None:
@@ -39,7 +39,7 @@ def draw(results: dict, drifts: dict, strength: int, paths: Iterable[Path]) -> N
 
 
 def accuracy_panels(figure: SubFigure, results: dict) -> None:
-    """A panel for each corruption, from the clean images on."""
+    """A panel for each corruption, starting with clean images."""
     panels = figure.subplots(2, 3, sharey=True)
     for axes, name in zip(panels.flat, LEVELS, strict=True):
         by_strength = {0: results["clean"][0]} | results[name]
@@ -70,7 +70,7 @@ def heading(figure: SubFigure, text: str) -> None:
 
 
 def drift_panels(figure: SubFigure, drifts: dict, strength: int) -> None:
-    """Depth × channel, side by side in the same colours."""
+    """Layers × channels, side by side in the same colors."""
     panels = figure.subplots(1, len(DRIFT_OF), sharey=True)
     pictures = {name: layers_by_channels(drifts[name]) for name in DRIFT_OF}
     norm = LogNorm(FLOOR, max(1.0, *(kl.max() for kl in pictures.values())))
@@ -85,7 +85,7 @@ def drift_panels(figure: SubFigure, drifts: dict, strength: int) -> None:
 
 def heat_map(axes: Axes, kl: np.ndarray, norm: LogNorm):
     layers, channels = kl.shape
-    # From 1 on, the first layer on top.
+    # Numbered from 1, with the first layer at the top.
     edges = (0.5, channels + 0.5, layers + 0.5, 0.5)
     image = axes.imshow(
         kl.clip(FLOOR), norm=norm, cmap="viridis", aspect="auto", extent=edges
@@ -98,5 +98,5 @@ def heat_map(axes: Axes, kl: np.ndarray, norm: LogNorm):
 
 
 def layers_by_channels(drift: dict) -> np.ndarray:
-    """The divergence of every channel, layers from the input on."""
+    """The divergence of every channel. The first layer is that next to the input."""
     return np.stack([np.asarray(layer.kl) for layer in drift.values()])

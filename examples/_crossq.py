@@ -1,7 +1,7 @@
-"""The agents of `crossq.py`: Pendulum, SAC, and what CrossQ changes of it.
+"""The pendulum and the agents of `crossq.py`: SAC, and CrossQ, which changes it.
 
-All is pure functions of arrays, so that a whole training is a `scan` and several seeds
-are a `vmap`.
+Everything is a pure function of arrays, so training is a `scan` and several seeds are a
+`vmap`.
 """
 
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ GAMMA, TAU, BATCH, WARM_UP = 0.99, 0.005, 128, 200
 
 
 class Kind(NamedTuple):
-    """What makes an agent: the norm of its critics, and whether it has targets."""
+    """A kind of agent: the norm of its critics, and whether it has target networks."""
 
     norm: str | None
     targets: bool
@@ -33,7 +33,7 @@ KINDS = {
 
 
 class Pendulum(NamedTuple):
-    """Angle (0 is upright) and speed of a rod that a weak motor is to hold upright."""
+    """Angle (0 is upright) and speed of a rod that a weak motor must hold upright."""
 
     angle: jax.Array
     speed: jax.Array
@@ -88,7 +88,7 @@ class Critic(nn.Module):
 
 
 class Critics(nn.Module):
-    """Two critics, of which the smaller value counts."""
+    """Two critics, whose smaller value counts."""
 
     width: int
     norm: str | None
@@ -106,11 +106,11 @@ class Critics(nn.Module):
 
 
 class Agent(NamedTuple):
-    """All that a training changes."""
+    """Everything that training changes."""
 
     actor: Any
     critics: Any  # params and batch_stats
-    targets: Any  # the same; not used without target networks
+    targets: Any  # the same for the target networks, if there are any
     log_alpha: jax.Array
     optimizers: Any
     pendulum: Pendulum
@@ -119,7 +119,7 @@ class Agent(NamedTuple):
 
 
 class Learner(NamedTuple):
-    """A kind of agent of some width, for some number of steps."""
+    """A kind of agent, with its width and the size of its replay buffer."""
 
     kind: Kind
     width: int
@@ -175,7 +175,7 @@ class Learner(NamedTuple):
         if self.kind.targets:
             q, new = self._q(variables, seen, action)
             q_after = self.critics.apply(agent.targets, after, action_after, False)
-        else:  # One batch of both, normalized by the same statistics.
+        else:  # CrossQ: both are one batch, normalized by the same statistics.
             both = (
                 jnp.concatenate([seen, after]),
                 jnp.concatenate([action, action_after]),
@@ -193,7 +193,7 @@ class Learner(NamedTuple):
         return q, new.get("batch_stats", {})
 
     def actor_loss(self, actor, agent: Agent, seen, key):
-        """What the actor makes small, and −log of its actions' probabilities."""
+        """The loss of the actor, and the entropy of its actions (mean −log p)."""
         action, log_p = self.act(actor, seen, key)
         q = self.critics.apply(agent.critics, seen, action, False).min(0)
         return jnp.mean(jnp.exp(agent.log_alpha) * log_p - q), -log_p.mean()
@@ -222,13 +222,13 @@ class Learner(NamedTuple):
             agent.actor, agent, batch[0], keys[2]
         )
         actor, actor_state = moved(0, grads, agent.actor)
-        surplus = entropy + 1  # The target is −1, for one action.
+        surplus = entropy + 1  # The target entropy is −1, for one action.
         log_alpha, alpha_state = moved(2, surplus, agent.log_alpha)
         optimizers = actor_state, critic_state, alpha_state
         return agent._replace(actor=actor, log_alpha=log_alpha, optimizers=optimizers)
 
     def step(self, agent: Agent, key: jax.Array) -> Agent:
-        """A step of the pendulum, then one of gradients."""
+        """A step of the pendulum, then a gradient step."""
         keys = jax.random.split(key, 4)
         seen = agent.pendulum.seen()
         action, _ = self.act(agent.actor, seen, keys[0])
@@ -249,7 +249,7 @@ class Learner(NamedTuple):
         return self.update(agent, keys[3])
 
     def evaluate(self, agent: Agent, key: jax.Array, episodes: int = 8) -> jax.Array:
-        """The mean return of the actor without noise."""
+        """The mean return of the actor, acting without noise."""
 
         def push(pendulum, _):
             mean, _ = self.actor.apply(agent.actor, pendulum.seen())

@@ -1,4 +1,4 @@
-"""Checkpoints of the digits demo: both networks at one step, and what was seen."""
+"""Checkpoints of the digits demo: both networks, and their evaluations so far."""
 
 from pathlib import Path
 
@@ -14,9 +14,9 @@ class ResumeError(Exception):
 
 
 class Checkpoints:
-    """The latest checkpoint in a folder of its own in the output directory.
+    """The latest checkpoint, in the folder `checkpoints` of the output directory.
 
-    One is of parameters, statistics and the optimizer's state as arrays, and of the
+    It holds parameters, statistics and the optimizer's state as arrays, and the
     history, the seed and the learning rate as JSON.
     """
 
@@ -48,12 +48,12 @@ class Checkpoints:
             raise ResumeError(
                 f"the checkpoint in {self.out} is of --seed {saved['seed']} --lr "
                 f"{saved['lr']}, not of --seed {wanted['seed']} --lr {wanted['lr']}: "
-                "give those, or start afresh without --resume"
+                "use those, or start again without --resume"
             )
         if step > steps:
             raise ResumeError(
                 f"the checkpoint in {self.out} is at step {step}, past --steps {steps}:"
-                f" give --steps {step} or more, or start afresh without --resume"
+                f" use --steps {step} or more, or start again without --resume"
             )
         return step
 
@@ -72,7 +72,7 @@ class Checkpoints:
         )
 
     def restore(self, step: int, runs: dict[str, Run]) -> None:
-        # As NumPy arrays: JAX ones would come bound to a device, and compile anew.
+        # As NumPy arrays. JAX arrays would be bound to a device, and compile again.
         target = jax.device_get({name: run.state for name, run in runs.items()})
         args = ocp.args.Composite(states=ocp.args.StandardRestore(target))
         states = self.manager.restore(step, args=args)["states"]

@@ -1,4 +1,4 @@
-"""The picture of the digits demo: four panels, one finding each."""
+"""The picture of the digits demo: four panels with one result each."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator, PercentFormatter
 
-# Okabe and Ito's vermilion and blue, told apart by every kind of colour vision.
+# Okabe and Ito's vermilion and blue, which people with any color vision can tell apart.
 COLORS = {"without": "#D55E00", "with": "#0072B2"}
 MARKERS = {"without": "s", "with": "o"}
 DASHES = (0, (3.5, 1.5))
@@ -153,7 +153,7 @@ def gap_panel(axes: Axes, runs: dict[str, Run]) -> None:
 
 
 def accuracy_axis(axes: Axes) -> None:
-    """Percent from 0 to 100, with the line that guessing among ten digits reaches."""
+    """Percent from 0 to 100, with a line for guessing among ten digits."""
     axes.set_ylim(0, 1.03)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.axhline(0.1, color=GREY, linewidth=0.9, linestyle="--", zorder=1)
@@ -170,5 +170,5 @@ def accuracy_axis(axes: Axes) -> None:
 
 
 def series(run: Run, key: str) -> tuple[list[float], list[float]]:
-    """The steps of the evaluations, and what they found."""
+    """The steps of the evaluations, and the values of `key`."""
     return [row["step"] for row in run.history], [row[key] for row in run.history]

@@ -19,7 +19,7 @@ import jaxbn
 BATCH_SIZE = 128
 EVALUATE_EVERY = 5
 LEARNING_RATES = [d * 10.0**e for e in range(-4, 1) for d in (1, 2, 5)] + [10.0]
-TRAINS = 0.9  # The test accuracy from which a learning rate counts as one that trains.
+TRAINS = 0.9  # A learning rate "trains" if it reaches this test accuracy.
 
 
 class Digits(NamedTuple):
@@ -32,7 +32,7 @@ class Digits(NamedTuple):
 
 
 class Network(nn.Module):
-    """A deep stack of Dense, batch norm or not, sigmoid; then a Dense to 10 classes."""
+    """Layers of Dense, optional batch norm and sigmoid, then a Dense to 10 classes."""
 
     batch_norm: bool
     depth: int = 12
@@ -42,11 +42,11 @@ class Network(nn.Module):
     def __call__(self, x: jax.Array, training: bool) -> jax.Array:
         """Logits of the rows of `x`."""
         for _ in range(self.depth):
-            # Batch norm subtracts the mean, so that a bias before it has no effect.
+            # Batch norm subtracts the mean, so a bias before it would have no effect.
             x = nn.Dense(self.width, use_bias=not self.batch_norm)(x)
             if self.batch_norm:
-                # Debiased: the initial statistics weigh nothing after the first step,
-                # so that the curve over the first steps shows the network, not them.
+                # Debiased: after the first step, the initial statistics have no weight,
+                # so the curve over the first steps does not show them.
                 norm = jaxbn.linen.BatchNorm(momentum=jaxbn.debiased(0.9))
                 x = norm(x, use_running_average=not training)
             x = nn.sigmoid(x)
@@ -63,7 +63,7 @@ class State(NamedTuple):
 
 @dataclass
 class Run:
-    """One network on its way: where it is, and what was seen of it."""
+    """One network in training: its state, and the evaluations so far."""
 
     net: Network
     state: State
@@ -92,14 +92,14 @@ def sgd(lr: float) -> optax.GradientTransformation:
 
 
 def init(net: Network, data: Digits, seed: int) -> State:
-    """The first state; both networks get the same kernels."""
+    """The initial state. Both networks get the same kernels."""
     variables = net.init(jax.random.key(seed), data.train_x[:1], training=False)
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
     return State(params, batch_stats, sgd(0.0).init(params))
 
 
 def batch(data: Digits, seed: int, step: int) -> tuple[jax.Array, jax.Array]:
-    """The examples of one step, which depend on the seed and the step alone."""
+    """The examples of one step, which depend on the seed and the step only."""
     key = jax.random.fold_in(jax.random.key(seed), step)
     rows = jax.random.choice(key, len(data.train_x), (BATCH_SIZE,), replace=False)
     return data.train_x[rows], data.train_y[rows]
@@ -133,8 +133,8 @@ def train(
 ) -> State:
     """Takes the steps from `start` to `stop`.
 
-    The bounds are data, so that one compiled program serves every number of steps: it
-    compiles once, and a run in two pieces is bit for bit the run in one.
+    The bounds are operands, so one compiled program serves every number of steps. It
+    compiles once, and a run in two pieces gives the same bits as a run in one.
     """
 
     def step(i, state):
@@ -164,7 +164,7 @@ def evaluate(net: Network, state: State, data: Digits) -> dict[str, jax.Array]:
 
 @partial(jax.jit, static_argnums=0)
 def gradient_norms(net: Network, state: State, data: Digits, seed: int):
-    """The gradient norm of each kernel, from the input on, on the first batch."""
+    """The gradient norm of each kernel on the first batch, starting at the input."""
     grads, _ = gradient(net, state, *batch(data, seed, 0))
     layers = [grads[f"Dense_{i}"]["kernel"] for i in range(net.depth + 1)]
     return jnp.stack([jnp.linalg.norm(kernel) for kernel in layers])
@@ -175,7 +175,7 @@ def new_run(net: Network, data: Digits, seed: int) -> Run:
     state = init(net, data, seed)
     run = Run(net, state, gradient_norms(net, state, data, seed).tolist())
     record(run, data, 0)
-    train(net, state, data, seed, 0.0, 0, 0)  # Compiles, so that no clock sees it.
+    train(net, state, data, seed, 0.0, 0, 0)  # Compiles, outside of the measured time.
     return run
 
 
@@ -205,7 +205,7 @@ def advance(
 def sweep(
     run: Run, data: Digits, seed: int, steps: int, tick: Callable[[int], object]
 ) -> None:
-    """Trains afresh at every learning rate; `tick` hears of the steps."""
+    """Trains from the start at every learning rate. `tick` counts the steps."""
     first = init(run.net, data, seed)
     for lr in LEARNING_RATES:
         state = train(run.net, first, data, seed, lr, 0, steps)

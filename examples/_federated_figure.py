@@ -8,12 +8,12 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-# Okabe and Ito's colours, and dashes.
+# Okabe and Ito's colors, and dashes.
 LOOKS = [("#999999", ":"), ("#D55E00", "-"), ("#009E73", "--"), ("#0072B2", "-")]
 
 
 def draw(histories: dict[str, dict[int, list[float]]], path: Path) -> None:
-    """The accuracy of the mean and of the worst client, by round."""
+    """Writes the picture: mean and worst accuracy of the clients, by round."""
     with rc_context(STYLE):
         figure = Figure(figsize=(8, 3.6), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)

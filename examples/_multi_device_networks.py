@@ -15,7 +15,7 @@ WIDTHS = (16, 32, 64)
 
 
 class Network(NamedTuple):
-    """What training needs of a network, whichever way it is written.
+    """The functions that training needs of a network, in linen or nnx.
 
     Attributes:
       init: `init(seed) -> (params, stats)`.
@@ -27,12 +27,12 @@ class Network(NamedTuple):
 
 
 def network(api: str, **synchronize: Any) -> Network:
-    """The network in `api`; `synchronize` are options of its batch norms."""
+    """The network in `api`. `synchronize` are options of its batch norms."""
     return {"linen": in_linen, "nnx": in_nnx}[api](**synchronize)
 
 
 class LinenBlock(nn.Module):
-    """Two convolutions beside a shortcut."""
+    """Two convolutions and a shortcut."""
 
     width: int
     stride: int
@@ -50,7 +50,7 @@ class LinenBlock(nn.Module):
 
 
 class LinenNetwork(nn.Module):
-    """A block per width, the mean over pixels, 10 logits."""
+    """A block for each width, the mean over pixels, a dense layer, then 10 logits."""
 
     synchronize: dict[str, Any]
 
@@ -86,7 +86,7 @@ def in_linen(**synchronize: Any) -> Network:
 
 
 class NnxBlock(nnx.Module):
-    """Two convolutions beside a shortcut."""
+    """Two convolutions and a shortcut."""
 
     def __init__(self, width_in, width, stride, norm, rngs):
         conv = partial(nnx.Conv, use_bias=False, rngs=rngs)
@@ -106,7 +106,7 @@ class NnxBlock(nnx.Module):
 
 
 class NnxNetwork(nnx.Module):
-    """A block per width, the mean over pixels, 10 logits."""
+    """A block for each width, the mean over pixels, a dense layer, then 10 logits."""
 
     def __init__(self, synchronize, rngs):
         norm = partial(jaxbn.nnx.BatchNorm, momentum=0.9, rngs=rngs, **synchronize)

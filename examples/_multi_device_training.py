@@ -25,8 +25,8 @@ OPTIMIZER = optax.adamw(
 class State(NamedTuple):
     """What training changes.
 
-    `stats` are one set of running statistics if the devices share them, and a set per
-    device, stacked, if they do not.
+    `stats` is one set of running statistics if the devices share them. Otherwise it is
+    one set per device, stacked.
     """
 
     params: Any
@@ -57,7 +57,7 @@ def data_mesh(devices: int) -> Mesh:
 
 
 class Sync(NamedTuple):
-    """Over what the statistics are: "global", "none", or "group:K" for K devices."""
+    """Which devices share statistics: "global", "none", or "group:K" for K devices."""
 
     name: str
 
@@ -67,12 +67,12 @@ class Sync(NamedTuple):
         return self.name == "global"
 
     def group(self, devices: int) -> int:
-        """How many devices have statistics together."""
+        """The number of devices that share statistics."""
         sizes = {"global": devices, "none": 1}
         return sizes.get(self.name) or int(self.name.partition(":")[2])
 
     def options(self, devices: int) -> dict[str, Any]:
-        """For the batch norms inside of a map over the devices."""
+        """Options for the batch norms, inside a map over the devices."""
         if self.shared:
             return {"axis_name": AXIS}
         size = self.group(devices)
@@ -83,13 +83,13 @@ class Sync(NamedTuple):
 
 
 def new_state(api: str, seed: int) -> State:
-    """The first state, the same whatever the devices and the synchronization."""
+    """The initial state. It does not depend on the devices or the synchronization."""
     params, stats = jax.jit(network(api).init)(seed)
     return jax.device_get(State(params, stats, OPTIMIZER.init(params)))
 
 
 def placed(state: State, sync: Sync, mesh: Mesh) -> State:
-    """A state with one set of statistics, on the devices of a mesh."""
+    """Puts a state with one set of statistics on the devices of a mesh."""
     state = jax.device_put(state, NamedSharding(mesh, P()))
     if sync.shared:
         return state
@@ -102,7 +102,7 @@ def placed(state: State, sync: Sync, mesh: Mesh) -> State:
 
 
 def collected(state: State, sync: Sync, mesh: Mesh) -> State:
-    """The state with one set of statistics: those shared, or those of all pooled."""
+    """The state with one set of statistics: the shared one, or all of them pooled."""
     if sync.shared:
         jaxbn.assert_replicated(state)
         return state
@@ -117,9 +117,9 @@ def collected(state: State, sync: Sync, mesh: Mesh) -> State:
 
 
 def train_step(style: str, sync: Sync, api: str, mesh: Mesh) -> Callable[..., State]:
-    """A function `(state, x, y) -> state` of a whole batch, spread over the devices."""
+    """A function `(state, x, y) -> state` of a whole batch, split over devices."""
     if style == "jit" and sync.shared:
-        # The global view: no axis has a name, and the compiler sums over the devices.
+        # The global view: no axis has a name, and the compiler sums over devices.
         return jax.jit(partial(step, network(api)), donate_argnums=0)
 
     net = network(api, **sync.options(mesh.size))
@@ -131,7 +131,7 @@ def train_step(style: str, sync: Sync, api: str, mesh: Mesh) -> Callable[..., St
         )
         return jax.jit(mapped, donate_argnums=0)
 
-    # pmap, or vmap under jit: the parts of the devices along a first axis.
+    # pmap, or vmap under jit: a leading axis holds the parts of the devices.
     map_ = jax.pmap if style == "pmap" else jax.vmap
     of = State(None, None if sync.shared else 0, None)
     mapped = map_(body, in_axes=(of, 0, 0), out_axes=of, axis_name=AXIS)
@@ -144,8 +144,8 @@ def train_step(style: str, sync: Sync, api: str, mesh: Mesh) -> Callable[..., St
 
 
 def device_step(net: Network, state: State, x, y, *, style: str, shared: bool) -> State:
-    """A step on a device's part of the batch, inside of a map over the devices."""
-    # shard_map keeps the axis of the devices, at length 1.
+    """A step on a device's part of the batch, inside a map over the devices."""
+    # shard_map keeps the axis of the devices, with length 1.
     rows = style == "shard_map" and not shared
     if rows:
         state = state._replace(stats=jax.tree.map(lambda a: a[0], state.stats))
@@ -156,7 +156,7 @@ def device_step(net: Network, state: State, x, y, *, style: str, shared: bool) -
 
 
 def step(net: Network, state: State, x, y, *, devices=1, style="") -> State:
-    """A step on a batch, or on the part of it that one of the devices has."""
+    """A step on a batch, or on the part of it that is on one device."""
 
     def loss(params):
         logits, stats = net.apply(params, state.stats, x, training=True)
@@ -165,7 +165,7 @@ def step(net: Network, state: State, x, y, *, devices=1, style="") -> State:
 
     grads, stats = jax.grad(loss, has_aux=True)(state.params)
     if style in ("jit", "pmap"):
-        # Inside of a map they are of this device's rows; shard_map has summed them.
+        # Under pmap or vmap, they are of this device's rows. shard_map has summed them.
         grads = lax.psum(grads, AXIS)
     updates, opt_state = OPTIMIZER.update(grads, state.opt_state, state.params)
     return State(optax.apply_updates(state.params, updates), stats, opt_state)

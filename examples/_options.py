@@ -1,4 +1,4 @@
-"""Options that examples share: what they take, and the folders that they write to."""
+"""Types of options that examples share, and the folders that they write to."""
 
 import argparse
 import math
@@ -32,7 +32,7 @@ def picture(text: str) -> Path:
 
 
 def make_folders(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Makes the folders to write to now, lest it fails when the work is done."""
+    """Makes the output folders now, so that an error does not come after the work."""
     for folder in [args.out, *([args.figure.parent] if args.figure else [])]:
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What the recipes share: options, digits to train on, and tables for the pages."""
+"""Functions that the recipes share: options, digits, training and tables."""
 
 import argparse
 import json
@@ -25,21 +25,23 @@ Rows = Sequence[Sequence[Any]]
 def options(
     doc: str | None, name: str, argv: Sequence[str] | None, steps: int = 200
 ) -> argparse.Namespace:
-    """The command line of the recipe `name`, with its folders made.
+    """Parses the command line of the recipe `name`, and makes its folders.
 
-    `small` is for trying it: the script does the same with little of everything.
+    `--small` is for a quick run: the script does the same with little data.
     """
     parser = argparse.ArgumentParser(
         description=(doc or "").partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--seed", type=seed, default=0, help="of all that is random")
-    add("--steps", type=positive(int), default=steps, metavar="N", help="of training")
-    add("--small", action="store_true", help="little of everything, in seconds")
+    add("--seed", type=seed, default=0, help="seed of everything random")
+    add(
+        "--steps", type=positive(int), default=steps, metavar="N", help="training steps"
+    )
+    add("--small", action="store_true", help="a quick run with little data")
     add("--out", type=Path, default=Path("out", name), help="results go here")
-    add("--figure", type=picture, metavar="PATH", help="also write the picture there")
-    add("--table", type=Path, metavar="PATH", help="also write the table there")
+    add("--figure", type=picture, metavar="PATH", help="write the picture here too")
+    add("--table", type=Path, metavar="PATH", help="write the table here too")
     args = parser.parse_args(argv)
     make_folders(parser, args)
     if args.small:
@@ -61,7 +63,7 @@ def trained(
 
 
 def digits(args: argparse.Namespace) -> Digits:
-    """Images and labels; a batch to train on and 64 to test if it is to be small."""
+    """Images and labels. With --small, one batch to train on and 64 images to test."""
     data = load_data(args.seed)
     if not args.small:
         return data
@@ -70,7 +72,7 @@ def digits(args: argparse.Namespace) -> Digits:
 
 
 def percent(share: float) -> str:
-    """A share as tables have it: 97.3."""
+    """A share in percent, as in the tables: 97.3."""
     return f"{100 * float(share):.1f}"
 
 
@@ -92,7 +94,7 @@ def finish(
     results: Any,
     draw: Callable[[Path], None] | None = None,
 ) -> None:
-    """Writes the table, the numbers behind it, and the picture; prints the table."""
+    """Writes the table, its numbers and the picture, and prints the table."""
     tables = [args.out / "summary.md", *([args.table] if args.table else [])]
     for path in tables:
         path.write_text(text + "\n", encoding="utf-8")

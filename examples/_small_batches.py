@@ -16,14 +16,14 @@ from jaxbn import layers
 
 DEPTH = 3
 WIDTH = 100
-WINDOW = 1024  # Examples after which one weighs 1/e as much in the running statistics.
-REFERENCE_BATCH = 32  # The batch at which the learning rate is the one asked for.
+WINDOW = 1024  # Examples after which the weight in the running statistics is 1/e.
+REFERENCE_BATCH = 32  # The batch size at which the learning rate is --lr.
 NORMS = ["batch norm", "renorm", "ghost", "streaming"]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One cell of the table; hashable, so that it can choose the program."""
+    """One cell of the table. It is hashable, so that it can be a static argument."""
 
     norm: str
     batch: int
@@ -35,7 +35,7 @@ class Setting:
 
 
 class State(NamedTuple):
-    """What training changes, and the largest gradient norm it met."""
+    """What training changes, and the largest gradient norm so far."""
 
     params: Any
     stats: list[Any]
@@ -44,12 +44,12 @@ class State(NamedTuple):
 
 
 def ghost_group(batch: int) -> int:
-    """Half of the batch, but no less than the two that have a variance."""
+    """Half of the batch, but at least 2 examples, so that there is a variance."""
     return max(2, batch // 2)
 
 
 def layer(setting: Setting) -> layers.Layer:
-    # A window of as many examples at every batch, not of as many steps.
+    # The averages cover the same number of examples, not steps, at every batch size.
     momentum = math.exp(-setting.batch / WINDOW)
     same: Any = {"momentum": momentum, "epsilon": setting.epsilon}
     if setting.norm == "batch norm":
@@ -67,12 +67,12 @@ def layer(setting: Setting) -> layers.Layer:
 
 
 def relaxing(start: float, end: float, steps: int, until: float):
-    """A limit of renorm: `start` in the warm-up, `end` after a part `until` of all.
+    """A limit of renorm: `start` in the warm-up, `end` after a share `until` of steps.
 
-    Ioffe relaxes from step 5,000 on, d_max until 25,000 and r_max until 40,000, of some
-    130,000: here the same parts of fewer steps.
+    Ioffe relaxes the limits from step 5000 of about 130 000 on, d_max until step 25 000
+    and r_max until step 40 000. Here these are the same shares of fewer steps.
     """
-    if math.isinf(end):  # No line leads there: nothing is clipped from the start.
+    if math.isinf(end):  # No line reaches infinity: clip nothing from the start.
         return end
     warm_up = max(1, round(0.04 * steps))
     rise = max(1, round(until * steps) - warm_up)
@@ -80,8 +80,8 @@ def relaxing(start: float, end: float, steps: int, until: float):
 
 
 def optimizer(setting: Setting) -> optax.GradientTransformation:
-    # In proportion to the batch: an example then moves the parameters as far, whatever
-    # the number of others in its step.
+    # In proportion to the batch, so that an example moves the parameters equally far
+    # at every batch size.
     peak = setting.lr * setting.batch / REFERENCE_BATCH
     schedule = optax.cosine_decay_schedule(peak, setting.steps)
     sgd = optax.sgd(schedule, momentum=0.9)
@@ -92,7 +92,7 @@ def optimizer(setting: Setting) -> optax.GradientTransformation:
 
 
 def init(setting: Setting, key: jax.Array) -> State:
-    """The first state; all norms and batches get the same kernels from a key."""
+    """The initial state. A key gives the same kernels for all norms and batch sizes."""
     widths = [64] + [WIDTH] * DEPTH
     kernels, norms, stats = [], [], []
     for i, (before, after) in enumerate(pairwise(widths)):
@@ -142,7 +142,7 @@ def advance(
 ) -> State:
     """Takes the steps from `start` to `stop`, all seeds at once.
 
-    The bounds are data, so that every piece is the same compiled program.
+    The bounds are operands, so that every piece is the same compiled program.
     """
 
     def one(state: State, data: Digits, order: jax.Array) -> State:
@@ -159,8 +159,8 @@ def advance(
 def evaluate(setting: Setting, states: State, data: Digits) -> dict[str, jax.Array]:
     """Accuracies on the test images, with either kind of statistics.
 
-    "inference" normalizes by the running statistics. "training" does what training
-    does, on batches of the same size.
+    "inference" normalizes by the running statistics. "training" normalizes as
+    in training, by batches of the same size.
     """
 
     def correct(state: State, x, y, training: bool):
@@ -182,14 +182,15 @@ def evaluate(setting: Setting, states: State, data: Digits) -> dict[str, jax.Arr
 
 
 def stacked_data(seeds: int) -> Digits:
-    """The data split anew for every seed, seeds first."""
+    """The data, split separately for every seed, with seeds on the leading axis."""
     splits = [load_data(seed) for seed in range(seeds)]
     return Digits(*(jnp.stack(arrays) for arrays in zip(*splits, strict=True)))
 
 
 def stacked_orders(seeds: int, rows: int, examples: int) -> np.ndarray:
-    """For every seed the rows in the order they are seen in: epoch after epoch, each
-    in an order of its own. Every batch size sees the same.
+    """For every seed, the rows in the order of training, shuffled in each epoch.
+
+    The order is the same for every batch size.
     """
     epochs = -(-examples // rows)
     orders = []

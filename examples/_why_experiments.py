@@ -1,7 +1,8 @@
 """The experiments of "why batch norm".
 
-Each takes the data, split anew for every seed, and the number of training steps. It
-returns rows: what was trained, and what was measured, a value for each seed.
+Each takes the data, split separately for every seed, and the number of training steps.
+It returns rows. A row says what was trained and what was measured, with a value for
+each seed.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,21 +29,21 @@ import jaxbn
 from jaxbn.population import drift as drift_of
 
 DEPTHS = (5, 20, 50)
-GAINS = {"He": 1.0, "half of it": 0.5}  # What kernels are multiplied by at first.
-GENTLE = 0.003  # The learning rate at which the gradients of all depths are followed.
-DEPTH = 10  # Where learning rates are the question.
+GAINS = {"He": 1.0, "half of it": 0.5}  # Factors of the initial kernels.
+GENTLE = 0.003  # The learning rate in the experiment on gradients, for all depths.
+DEPTH = 10  # Layers in the experiment on learning rates.
 RATES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-SHALLOW = 5  # Layers where drift is, or the place of the norm.
+SHALLOW = 5  # Layers in the experiments on drift and on the place of the norm.
 DRIFT_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
-DRIFT_RATE = 0.01  # The one at which networks are compared step by step.
-PIECES = 20  # Of training, over each of which drift is measured.
+DRIFT_RATE = 0.01  # The rate at which networks are compared step by step.
+PIECES = 20  # Of training. Drift is measured over each.
 PLACE_ACTIVATIONS = ("relu", "sigmoid")
 PLACE_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-FEW = 512  # Training images of the study of noise.
+FEW = 512  # Training images in the experiment on noise.
 BATCHES = (8, 16, 32, 128, 512)
 NOISE_DEPTH = 3
 NOISE_RATE = 0.03
-NOISE_STEPS = 3  # Times as many steps as elsewhere: batches are small.
+NOISE_STEPS = 3  # The factor of the number of steps, because batches are small.
 
 Rows = list[dict[str, Any]]
 Found = dict[str, jax.Array]
@@ -51,7 +52,7 @@ Found = dict[str, jax.Array]
 def over_seeds(
     function: Callable[..., Found], net: Net, data: Digits, values: Sequence[float]
 ) -> Found:
-    """`function(net, data, parameters, key, values)` of each seed, seeds first."""
+    """`function(net, data, parameters, key, values)` for each seed, on axis 0."""
     seeds = range(len(data.train_x))
     first = jax.tree.map(lambda *a: jnp.stack(a), *(init(net, seed) for seed in seeds))
     keys = jax.vmap(jax.random.key)(jnp.arange(len(seeds)))
@@ -60,7 +61,7 @@ def over_seeds(
 
 
 def rows_of(found: Found, name: str, values: Sequence, **same) -> Rows:
-    """A row for each value; arrays have seeds first, then values."""
+    """A row for each value. The axes of the arrays are seeds, values, and others."""
     return [
         same | {name: value} | {key: a[:, i].tolist() for key, a in found.items()}
         for i, value in enumerate(values)
@@ -68,7 +69,7 @@ def rows_of(found: Found, name: str, values: Sequence, **same) -> Rows:
 
 
 def gradients(data: Digits, steps: int) -> Rows:
-    """The gradient of each layer's kernel, at first and after half of the steps."""
+    """The gradient of each layer's kernel, before and after half of the steps."""
     rows: Rows = []
     for depth in DEPTHS:
         for norm in ("none", "before"):
@@ -96,7 +97,7 @@ def gradient_norms(
 
 
 def steps(data: Digits, steps: int) -> Rows:
-    """What training comes to at every learning rate, without and with batch norm."""
+    """Results of training at every learning rate, without and with batch norm."""
     rows: Rows = []
     for norm in ("none", "before"):
         found = trained_at(Net(DEPTH, norm), data, steps, RATES)
@@ -105,7 +106,7 @@ def steps(data: Digits, steps: int) -> Rows:
 
 
 def place(data: Digits, steps: int) -> Rows:
-    """The same for batch norm before and after two activations."""
+    """The same for batch norm before and after the activation, for two activations."""
     rows: Rows = []
     for activation in PLACE_ACTIVATIONS:
         for norm in NORMS:
@@ -129,7 +130,7 @@ def trained_at(net: Net, data: Digits, steps: int, rates: Sequence[float]) -> Fo
 
 
 def drift(data: Digits, steps: int) -> Rows:
-    """How far what layers see moves in each piece of training, and the loss."""
+    """How far the inputs of layers move in each piece of training, and the loss."""
     rows: Rows = []
     for name, net in {
         "without": Net(SHALLOW),
@@ -179,10 +180,10 @@ def nats(old: jaxbn.Moments, new: jaxbn.Moments) -> jax.Array:
 
 
 def noise(data: Digits, steps: int) -> Rows:
-    """Test accuracy after training with batches of many sizes, on few images.
+    """Test accuracy after training on few images, with batches of several sizes.
 
-    "batch" normalizes by the statistics of the batch, "all" by those of all training
-    images at each step. Both have the same gradient's noise, that of the batch.
+    "batch" normalizes by the statistics of the batch, and "all" by those of all
+    training images at each step. Both have the loss of the batch, with its noise.
     """
     data = few(data)
     rows: Rows = []
@@ -219,7 +220,7 @@ def with_noise(
 
 
 def few(data: Digits) -> Digits:
-    """Fewer images to train on; all others are to test."""
+    """Fewer images for training. All others are for testing."""
     x, y = data.train_x, data.train_y
     return Digits(
         x[:, :FEW],

@@ -17,7 +17,7 @@ from matplotlib.ticker import MultipleLocator, NullLocator, PercentFormatter
 
 
 class Look(NamedTuple):
-    """How a line looks, and what the legend says of it."""
+    """The look of a line, and its label in the legend."""
 
     label: str
     color: str
@@ -25,7 +25,7 @@ class Look(NamedTuple):
     dashes: object = "-"
 
 
-# Okabe and Ito's colours, told apart by every kind of colour vision.
+# Okabe and Ito's colors, which people with any color vision can tell apart.
 WITHOUT = Look("without batch norm", "#D55E00", "s")
 WITH = Look("with batch norm", "#0072B2", "o")
 NORMS = {
@@ -78,7 +78,7 @@ def handle(look: Look) -> Line2D:
 def line(
     axes: Axes, look: Look, x: Sequence[float], values: Sequence | np.ndarray
 ) -> None:
-    """The mean over seeds, and a band from the least to the greatest."""
+    """The mean over seeds, and a band from the smallest to the largest value."""
     style: dict = {"linestyle": look.dashes, "marker": look.marker}
     axes.plot(x, np.mean(values, axis=1), color=look.color, **style)
     low, high = np.min(values, axis=1), np.max(values, axis=1)
@@ -86,7 +86,7 @@ def line(
 
 
 def by_rate(axes: Axes, looks: dict[str, Look], rows: Rows, key: str) -> None:
-    """What training comes to, against the learning rate."""
+    """Results of training against the learning rate."""
     for norm, of in split(rows, "norm").items():
         line(axes, looks[norm], [row["lr"] for row in of], [row[key] for row in of])
     axes.set_xscale("log")
@@ -101,7 +101,7 @@ def by_rate(axes: Axes, looks: dict[str, Look], rows: Rows, key: str) -> None:
 
 
 def mark_diverged(axes: Axes, highest: float) -> None:
-    """Says what a loss at the cap means, if there is one."""
+    """Explains a loss at the cap, if there is one."""
     if highest >= DIVERGED:
         place = {"xy": (0.02, DIVERGED), "xycoords": ("axes fraction", "data")}
         axes.annotate("10: diverged →", color=GREY, fontsize=8, va="center", **place)
@@ -129,7 +129,7 @@ def gradients(rows: Rows) -> Figure:
         axes.yaxis.set_minor_locator(NullLocator())
     for axes in grid[2:]:
         axes.set_xlabel("layer, from the input on")
-    grid[1].set_ylim(bottom=1e-18)  # Below, the deepest network has zeros too.
+    grid[1].set_ylim(bottom=1e-18)  # Below this, the deepest network also has zeros.
     for axes in grid[::2]:
         axes.set_ylabel("gradient norm of its kernel")
     lengths = [

@@ -10,16 +10,16 @@ import numpy as np
 
 import jaxbn
 
-WIDTH = 64  # As many as there are pixels: then all kernels are one array.
+WIDTH = 64  # The number of pixels, so that all kernels can be one array.
 CLASSES = 10
 ACTIVATIONS = {"relu": jax.nn.relu, "sigmoid": jax.nn.sigmoid}
-NORMS = ["none", "before", "after"]  # Where the norm is, seen from the activation.
-SHIFT, STRETCH = 0.5, 0.35  # Of disturbed networks: how far at most.
+NORMS = ["none", "before", "after"]  # Its place, relative to the activation.
+SHIFT, STRETCH = 0.5, 0.35  # The largest disturbance of a channel.
 
 
 @dataclass(frozen=True)
 class Net:
-    """Which network; hashable, so that it can choose the program."""
+    """Which network. It is hashable, so that it can be a static argument."""
 
     depth: int
     norm: str = "none"
@@ -28,10 +28,10 @@ class Net:
 
 
 class Layers(NamedTuple):
-    """Parameters of all hidden layers, layers first."""
+    """Parameters of all hidden layers, with layers on the leading axis."""
 
     kernel: jax.Array
-    bias: jax.Array  # Before the activation: that of the norm, if that is there too.
+    bias: jax.Array  # Before the activation; of the norm, if that is there too.
     scale: jax.Array
     offset: jax.Array  # Of a norm after the activation.
 
@@ -45,11 +45,11 @@ class Params(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """Moments that layers saw, layers first.
+    """Moments of the inputs of layers, with layers on the leading axis.
 
     Attributes:
-      products: Of inputs times kernel, where the norm comes in.
-      inputs: Of what goes into the activation.
+      products: Of inputs times kernel, where the norm is applied.
+      inputs: Of the input of the activation.
     """
 
     products: jaxbn.Moments
@@ -57,9 +57,9 @@ class Seen(NamedTuple):
 
 
 def init(net: Net, seed: int) -> Params:
-    """Kernels of He et al. in the hidden layers; all networks of a depth get the same.
+    """Kernels of He et al. in the hidden layers, the same for all nets of a depth.
 
-    Drawn by NumPy: XLA takes seconds to compile normal numbers for a CPU.
+    NumPy draws them, because XLA takes seconds to compile normal numbers for a CPU.
     """
     rng = np.random.default_rng(seed)
     kernels = math.sqrt(2 / WIDTH) * rng.normal(size=(net.depth, WIDTH, WIDTH))
@@ -70,7 +70,7 @@ def init(net: Net, seed: int) -> Params:
 
 
 def scaled(params: Params, gain: jax.Array | float) -> Params:
-    """The same with the hidden kernels times `gain`."""
+    """The same parameters, with the hidden kernels multiplied by `gain`."""
     layers = params.layers._replace(kernel=gain * params.layers.kernel)
     return params._replace(layers=layers)
 
@@ -85,8 +85,8 @@ def logits(
 ) -> jax.Array:
     """Logits of the rows of `x`.
 
-    The statistics are of the rows of weight 1: some rows may be normalized by the
-    statistics of others. The key is that of the disturbance.
+    The statistics are those of the rows with weight 1, so rows with weight 0 are
+    normalized by the statistics of others. `key` is for the disturbance.
     """
 
     def layer(x, of_layer):
@@ -99,7 +99,7 @@ def logits(
 
 
 def seen(net: Net, params: Params, x: jax.Array, key: jax.Array) -> Seen:
-    """What every layer sees of the rows of `x`."""
+    """The moments in every layer for the rows of `x`."""
 
     def layer(x, of_layer):
         p, key = of_layer
@@ -114,7 +114,7 @@ def keys_of_layers(net: Net, key: jax.Array) -> jax.Array | None:
 
 
 def hidden(net: Net, p: Layers, key: jax.Array, x: jax.Array, weights):
-    """One layer: its output, its products and what went into its activation."""
+    """One layer: its output, its products, and the input of its activation."""
     products = x @ p.kernel
     if net.norm == "before":
         inputs, _ = jaxbn.batch_norm(products, p.scale, p.bias, weights=weights)
@@ -129,6 +129,6 @@ def hidden(net: Net, p: Layers, key: jax.Array, x: jax.Array, weights):
 
 
 def disturb(x: jax.Array, key: jax.Array) -> jax.Array:
-    """`x` with a random mean and a random scale for every channel."""
+    """`x`, with a random shift and a random scale for every channel."""
     shift, stretch = jax.random.uniform(key, (2, 1, WIDTH), minval=-1.0)
     return x * jnp.exp(STRETCH * stretch) + SHIFT * shift

@@ -19,7 +19,7 @@ TITLES = {
 
 
 def spread(values: Sequence[float]) -> float:
-    """The standard deviation over seeds; none is seen in a single one."""
+    """The standard deviation over seeds, and 0 for a single seed."""
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
@@ -48,7 +48,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def split(rows: Rows, *names: str) -> dict[Any, Rows]:
-    """Rows by what they say under one name, or under several."""
+    """Rows grouped by their value under one name, or under several."""
 
     def key(row: dict):
         return row[names[0]] if len(names) == 1 else tuple(row[n] for n in names)
@@ -102,7 +102,7 @@ def best(rows: Rows) -> str:
 
 
 def mean_loss(row: dict) -> list[float]:
-    """The mean loss over all steps, for each seed: less is faster."""
+    """The mean loss over all steps, for each seed. Lower means faster training."""
     return np.mean(row["loss"], axis=1).tolist()
 
 
@@ -112,7 +112,7 @@ def mean_drift(row: dict, key: str) -> list[float]:
 
 
 def fastest(rows: Rows) -> dict:
-    """The learning rate whose losses are least."""
+    """The row of the learning rate with the lowest mean loss."""
     return min(rows, key=lambda row: statistics.fmean(mean_loss(row)))
 
 

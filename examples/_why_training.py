@@ -12,13 +12,13 @@ from _why_networks import Net, Params, logits
 
 BATCH_SIZE = 128
 MOMENTUM = 0.9
-DIVERGED = 10.0  # What a loss above it, or one that is not a number, counts as.
+DIVERGED = 10.0  # Larger losses, and NaN, count as this.
 
 Rate = jax.Array | float | optax.Schedule
 
 
 class Batch(NamedTuple):
-    """Images of one step.
+    """The images of one step.
 
     Attributes:
       x: Images as rows.
@@ -36,12 +36,12 @@ class Batch(NamedTuple):
 class State(NamedTuple):
     """What training changes."""
 
-    params: Any  # `Params`, which optax returns as what it is given.
+    params: Any  # `Params`. optax returns the type that it is given.
     opt_state: Any
     step: jax.Array
 
 
-Draw = Callable[[jax.Array], Batch]  # The batch of a key.
+Draw = Callable[[jax.Array], Batch]  # Makes a batch from a key.
 
 
 def random_batches(data: Digits) -> Draw:
@@ -73,7 +73,7 @@ def begin(params: Params, lr: Rate) -> State:
 def advance(
     net: Net, state: State, lr: Rate, steps: int, draw: Draw, key: jax.Array
 ) -> tuple[State, jax.Array]:
-    """Takes `steps` more steps; the new state, and the losses of their batches."""
+    """Takes `steps` steps. Returns the new state and the losses of their batches."""
 
     def step(state: State, _):
         of_batch, of_noise = jax.random.split(jax.random.fold_in(key, state.step))
@@ -88,10 +88,10 @@ def advance(
 
 
 def evaluate(net: Net, params: Params, data: Digits) -> dict[str, jax.Array]:
-    """Loss and accuracy on both halves of the data, undisturbed.
+    """Loss and accuracy on training and test images, without disturbance.
 
-    The norms have the statistics of all training images under these parameters: test
-    images go through beside them, and weigh nothing.
+    The norms have the statistics of all training images with these parameters. Test
+    images go through in the same batch, with weight 0 in the statistics.
     """
     x = jnp.concatenate([data.train_x, data.test_x])
     y = jnp.concatenate([data.train_y, data.test_y])

@@ -1,40 +1,44 @@
-"""Eight ways to adapt a network at test time, on corrupted digits.
+"""Eight methods to adapt a network at test time, on corrupted digits.
 
-Trains four convolutions with batch norm on scikit-learn's handwritten digits. Then
-streams of test images pass by, each with one of six corruptions, in batches of 64, 16
-or 1, or in batches of 64 sorted by digit. No labels are used. The methods:
+Trains four convolutions with batch norm on scikit-learn's handwritten digits. The
+network then predicts streams of test images, each with one of six corruptions, in
+batches of 64, 16 or 1, or in batches of 64 sorted by digit. No labels of test images
+are used. These are the methods, and the statistics that they normalize by:
 
     source                the running statistics of training: no adaptation
     batch statistics      those of the batch (prediction-time batch norm)
-    pseudo-samples        both, mixed: training counts as N images
-    α-BN                  both, mixed: training counts as much as the batch
-    TTN                   both, mixed: a weight for each channel, from training
-    AdaBN                 those of the whole stream, measured before it is predicted
-    average of the stream running statistics that follow the stream
-    Tent                  batch statistics, and scale and bias of least entropy
-    Tent, renormalized    the same, normalized by running statistics of the stream
+    pseudo-samples        a mixture of both, in which training counts as N images
+    α-BN                  a mixture of both, in which training counts as the batch does
+    TTN                   a mixture of both, with a trained weight for each channel
+    AdaBN                 those of the whole stream, measured before any prediction
+    average of the stream running statistics that keep moving along the stream
+    Tent                  those of the batch; scale and bias are trained to lower the
+                          entropy of the predictions
+    Tent, renormalized    running statistics of the stream; scale and bias as in Tent
 
-In TTN the weights are trained: the parameters of the network are fixed, and the loss is
-that of labelled training images with a random gain, background and noise for each
-batch. (The paper adds a penalty that keeps them near a prior; there is none here.)
+TTN (test-time normalization) trains the weights on labelled training images, with a
+random gain, background and noise for each batch. The parameters of the network are
+fixed. (The paper also penalizes the distance of the weights from a prior. This script
+does not.)
 
-What to expect: see the table. The statistics of a batch help where a corruption scales
-and shifts what layers see (contrast, blur), and cannot undo a rotation or a negative.
-They win little or nothing on single images, and do harm on batches of one digit, where
-fixed mixtures and averages of the stream do none or little. With so few steps Tent adds
-little to batch statistics, and on single images it is worse than no adaptation.
+What to expect: see the table. The statistics of a batch help if a corruption scales
+and shifts the inputs of layers (contrast, blur). They cannot undo a rotation or a
+negative. On single images they gain little or nothing, and on batches of one digit they
+do harm. Fixed mixtures and the average of the stream do little or no harm there. In so
+few steps, Tent adds little to batch statistics, and on single images it is worse than
+no adaptation.
 
 Run it with
 
     python examples/adapt_at_test_time.py
 
 Options:
-    --seed N       Of split, parameters, batches and corruptions (default 0).
+        --seed N       Seed of split, parameters, batches and corruptions (default 0).
     --steps N      Training steps (default 200).
-    --small        Little of everything, and batches of 64 alone, in seconds.
-    --out DIR      Where results go (default out/adapt_at_test_time).
-    --figure PATH  Also write the picture there.
-    --table PATH   Also write the table there.
+        --small        A quick run with little data, and batches of 64 only.
+        --out DIR      Folder for the results (default out/adapt_at_test_time).
+    --figure PATH  Also write the picture to this path.
+    --table PATH   Also write the table to this path.
 
 Needs `pip install 'jaxbn[examples]'`.
 """
@@ -54,7 +58,7 @@ from tqdm import tqdm
 STRIDES = (1, 2, 1, 2)
 STRENGTH = 4
 TTN_STEPS = 60
-# The size of batches, and whether images are sorted by label.
+# The batch size, and whether images are sorted by label.
 STREAMS = {
     "batches of 64": (64, False),
     "of 16": (16, False),
@@ -62,12 +66,12 @@ STREAMS = {
     "of 64, sorted": (64, True),
 }
 
-Accuracies = dict[str, float]  # By corruption, "clean" among them.
+Accuracies = dict[str, float]  # By corruption, including "clean".
 Results = dict[str, dict[str, Accuracies]]  # By stream and method.
 
 
 def corrupted(data: Digits, seed: int) -> dict[str, np.ndarray]:
-    """The test images of each stream, in the same order."""
+    """The test images under each corruption, all in the same order."""
     streams = {name: corrupt(data.test_x, name, STRENGTH, seed) for name in LEVELS}
     return streams | {"clean": data.test_x}
 
@@ -83,7 +87,7 @@ def study(
     """Accuracies of all methods on all streams."""
     images, labels = corrupted(data, seed), data.test_y
     order = np.argsort(labels, kind="stable")
-    # It measures before it predicts: neither the order nor the batches matter.
+    # AdaBN measures before it predicts, so the order and the batches do not matter.
     whole = {
         name: accuracy(net, adabn(net, variables, [x]), x, labels).item()
         for name, x in images.items()
@@ -105,12 +109,12 @@ def study(
 
 
 def mean(accuracies: Accuracies) -> float:
-    """Over the corruptions."""
+    """The mean over the corruptions."""
     return statistics.fmean(accuracies[name] for name in LEVELS)
 
 
 def report(results: Results) -> str:
-    """Two tables: by stream, and by corruption in the first stream."""
+    """Two tables: means for each stream, and the corruptions of the first stream."""
     first, *_, last = results
     names = sorted(results[first], key=ORDER.index)
     by_stream = [

@@ -1,31 +1,38 @@
 """Averages of weights, and three choices for the statistics of the average.
 
-Trains convolutions with batch norm on scikit-learn's handwritten digits, averages
-weights in five ways, and tests each average with the statistics of one member, with the
-average of the members' statistics, and with statistics measured anew
-(`jaxbn.population.recalibrate`):
+Trains convolutions with batch norm on scikit-learn's handwritten digits, and averages
+weights in five ways:
 
-    EMA            an exponential average along a run of constant learning rate
-    SWA            the mean of checkpoints of the same run
+    EMA            an exponential moving average over a run, at a constant learning rate
+    SWA            the mean of checkpoints of the same run (stochastic weight averaging)
     soup           the mean of three runs that share their first steps
-    two networks   halfway between two that were trained apart
+    two networks   halfway between two networks that were trained separately
     aligned        the same, with the channels of one in the order of the other's
 
-What is to be seen (80 steps, seeds 0 and 1): the choice hardly matters for an average
-of near neighbours (EMA of ten steps, SWA, soup), and new statistics are not always the
-best. An EMA of 50 steps still holds weights of the first steps: with seed 1 it has 90 %
-with the statistics of the last weights, 96 % with averaged and 98 % with new ones.
-Halfway between two networks that were trained apart the statistics decide: 10 % with
-those of a member, 17 % with averaged and 46 to 49 % with new ones. Aligned, these are
-41 to 44, 82 to 86 and 92 to 94 %. That is what REPAIR comes to with batch norm.
+Each average is tested with the statistics of one member (one of the networks that are
+averaged), with the average of the members' statistics, and with statistics that are
+measured again (`jaxbn.population.recalibrate`).
+
+What to expect (80 steps, seeds 0 and 1): for an average of similar networks (EMA over
+about ten steps, SWA, soup), the choice hardly matters, and new statistics are not
+always the best. An EMA over about 50 steps still contains weights of the first steps.
+With seed 1 it has 90 % with the statistics of the last weights, 96 % with averaged and
+98 % with new ones. Halfway between two networks that were trained separately, the
+statistics decide: 10 % with those of a member, 17 % with averaged and 46 to 49 % with
+new ones. With aligned channels these are 41 to 44, 82 to 86 and 92 to 94 %. In a
+network with batch norm, alignment and new statistics amount to the method REPAIR.
+
+Run it with
+
+    python examples/averaged_weights.py
 
 Options:
-    --seed N       Of split, parameters and batches (default 0).
+    --seed N       Seed of split, parameters and batches (default 0).
     --steps N      Training steps of each run (default 80).
-    --small        Little of everything, in seconds.
-    --out DIR      Where results go (default out/averaged_weights).
-    --figure PATH  Also write the picture there.
-    --table PATH   Also write the table there.
+    --small        A quick run with little data.
+    --out DIR      Folder for the results (default out/averaged_weights).
+    --figure PATH  Also write the picture to this path.
+    --table PATH   Also write the table to this path.
 
 Needs `pip install 'jaxbn[examples]'`.
 """
@@ -56,7 +63,7 @@ import jaxbn
 from jaxbn.interop.optax import incremental_update
 from jaxbn.linen import load_stats, moments_fn
 
-DECAYS = (0.9, 0.98)  # Of the EMA, a step.
+DECAYS = (0.9, 0.98)  # Of the EMA, per step.
 HEAD = ["", "of one member", "averaged", "measured anew"]
 LOOKS = {
     "as they are, averaged": ("#333333", "s", (0, (3.5, 1.5))),
@@ -65,18 +72,18 @@ LOOKS = {
     "aligned, measured anew": ("#0072B2", "o", "-"),
 }
 
-Found = dict[str, list[float]]  # Accuracies, by the average.
+Found = dict[str, list[float]]  # Accuracies of each average.
 
 
 def recalibrated(net: Network, variables: Variables, data: Digits) -> Variables:
-    """The same weights with statistics that were measured with them."""
+    """The same weights, with statistics measured for these weights."""
     measure = moments_fn(net, variables, training=True)
     batches = np.array_split(data.train_x, -(-len(data.train_x) // 128))
     return load_stats(variables, jaxbn.population.recalibrate(measure, batches))
 
 
 def mean(members: Sequence[Variables]) -> Variables:
-    """The mean of weights and statistics; counts are those of the last member."""
+    """The mean of weights and statistics. Step counts stay integers."""
     average = members[0]
     for number, member in enumerate(members[1:], 2):
         average = incremental_update(member, average, 1 / number)
@@ -86,7 +93,7 @@ def mean(members: Sequence[Variables]) -> Variables:
 def run(
     net: Network, state: State, data: Digits, seed: int, steps: int, numbers: range
 ) -> Iterator[State]:
-    """The states after steps `numbers` of a schedule of `steps`."""
+    """The states after each of the steps `numbers`, in a schedule of `steps`."""
     for i in tqdm(numbers, "training", unit="step", dynamic_ncols=True):
         state = train_step(net, state, data, seed, steps, i)
         yield state
@@ -114,10 +121,10 @@ def channels(net: Network, variables: Variables, x: np.ndarray) -> list[np.ndarr
 def aligned(
     net: Network, fixed: Variables, other: Variables, x: np.ndarray
 ) -> Variables:
-    """`other` with its channels in the order of those of `fixed` that they resemble.
+    """`other`, with its channels in the order of the most similar channels of `fixed`.
 
-    The order of the channels of a layer is free if the next layer follows it, so this
-    network computes what it did.
+    The order of a layer's channels is arbitrary as long as the next layer uses the same
+    order, so the network computes the same function as before.
     """
     pairs = zip(channels(net, fixed, x), channels(net, other, x), strict=True)
     orders = [linear_sum_assignment(a.T @ b, maximize=True)[1] for a, b in pairs]
@@ -139,9 +146,9 @@ def aligned(
 def averages_of_one_run(
     net: Network, data: Digits, seed: int, steps: int
 ) -> dict[str, tuple[Variables, Variables]]:
-    """Averages near one run, each with a member."""
+    """Averages of the states of one run, each with one of its members."""
     start = init(net, seed)
-    # The cosine of so long a schedule hardly falls.
+    # In so long a schedule, the cosine hardly falls: the rate is nearly constant.
     states = list(run(net, start, data, seed, 100 * steps, range(steps)))
     last = states[-1].variables
     found = {"last weights": (last, last)}
@@ -165,7 +172,7 @@ def averages_of_one_run(
 def accuracies(
     net: Network, data: Digits, average: Variables, member: Variables
 ) -> list[float]:
-    """Of the average with each choice of statistics."""
+    """Accuracies of the average, with each choice of statistics."""
     choices = [
         {**average, "batch_stats": member["batch_stats"]},
         average,
@@ -183,7 +190,7 @@ def path_between(
 
 
 def draw(paths: Found, shares: np.ndarray, path: Path) -> None:
-    """Writes the picture: accuracy along the way from one network to another."""
+    """Writes the picture: accuracy on the line from one network to another."""
     with rc_context(STYLE):
         figure = Figure(figsize=(6.5, 4), layout="constrained")
         axes = figure.subplots()

@@ -1,51 +1,55 @@
-"""Test images unlike those of training, and what new statistics do for them.
+"""New statistics for test images that differ from the training images.
 
-Trains six convolutions with batch norm on scikit-learn's handwritten digits, then
-corrupts the test images: noise, blur, contrast, rotation, inversion and occlusion, at
-five strengths each. Parameters stay as they are, and no labels are used: only the
-statistics of the batch norms are others, by `jaxbn.population.adapt` and, for the mix,
-by the layers' option `pseudo_samples`:
+Trains six convolutions with batch norm on scikit-learn's handwritten digits. Then it
+corrupts the test images by noise, blur, less contrast, rotation, inversion and
+occlusion, at five strengths each. The parameters do not change, and no labels are used.
+The methods differ only in the statistics of the batch norms, which come from
+`jaxbn.population.adapt` or, for the mixture, from the layers' option `pseudo_samples`:
 
-    source            not at all: the running statistics of training
+    source            the running statistics of training: no adaptation
     AdaBN             those of all corrupted test images together
     batch of 64       those of the batch that is predicted (prediction-time batch norm)
-    one image         the same for an image alone
-    one image, N = 1  those of the image and of training, mixed: training counts as N
+    one image         those of the image that is predicted
+    one image, N = 1  those of the image, mixed with those of training, which count as
+                      N images
 
-What to expect, roughly, from three seeds: of 98 % on clean images the source keeps 60 %
-on average over the corruptions, AdaBN and batches of 64 keep 73 %. Much is won where a
-corruption scales and shifts (contrast, 59 to 96 %; blur, 81 to 94 %; inversion, while
-it is below a half), a little for rotation and occlusion (6 points each), and 1 or 2
-points for noise. Past a half, an inversion turns the sign of the contrast, which no
-mean and no variance can undo: every method fails.
+What to expect, approximately, from three seeds: accuracy is 98 % on clean images. On
+average over the corruptions it is 60 % for the source, and 73 % for AdaBN and batches
+of 64. New statistics gain much if a corruption scales and shifts (contrast, 59 to 96 %;
+blur, 81 to 94 %; an inversion below one half), 6 points each on rotation and occlusion,
+and 1 or 2 points on noise. An inversion above one half changes the sign of the
+contrast. No mean and variance can undo this, and every method fails.
 
-An image alone has too few values for statistics: its own cost 7 points on clean images,
-and 9 on noise. Mixed with those of training they cost 1 on either, and over the
-corruptions 68 % are right instead of 64 %. Only where contrast is nearly gone, or blur
-is strong, is the mix behind: there the statistics of training are far off. How much
-there is to win depends on the batch: the statistics of 8 images alone are within 3
-points of those of 64, and N of 8 or 16 loses more on contrast than it wins elsewhere.
+A single image has too few values for good statistics: alone, they cost 6 points on
+clean images and 8 on noise. Mixed with those of training, they cost 1 point at most,
+and over the corruptions the accuracy is 68 instead of 64 %. The mixture is worse only
+if very little contrast is left (contrast 0.1, or an inversion of 0.4), because the
+statistics of training are then far off. The gain depends on the batch: the statistics
+of 8 images alone are within 3 points of those of 64, and N = 8 or 16 loses more on
+contrast than it gains elsewhere.
 
 The picture also shows how far each channel of each layer has drifted from its running
-statistics (`jaxbn.population.drift`): with less contrast from the first layer on, after
-rotation hardly in the first layer, and more than ten times as far in the last.
+statistics (`jaxbn.population.drift`). With low contrast, channels drift from the first
+layer on. After rotation they hardly drift in the first layer, and more than ten times
+as far in the last.
 
-Batches of 64 hold all ten digits. Clean images sorted by digit go from 99 to 82 %.
+The batches of 64 hold all ten digits. On clean images sorted by digit, their accuracy
+falls from 99 to 82 %.
 
 Run it with
 
     python examples/covariate_shift.py
 
-which prints the table, and writes it to summary.md in the output directory, accuracies
+This prints the table, and writes it to summary.md in the output directory, accuracies
 at every strength to results.json, the tables of drift to drift.md, and the picture to
 covariate_shift.png.
 
 Options:
-    --seed N            Of split, parameters, batches and corruptions (default 0).
+    --seed N            Seed of split, parameters, batches and corruptions (default 0).
     --steps N           Training steps (default 200).
-    --pseudo-samples N  What training counts as in the mix (default 1).
-    --out DIR           Where results go (default out/covariate_shift).
-    --figure PATH       Also write the picture there.
+    --pseudo-samples N  Images that training counts as in the mixture (default 1).
+    --out DIR           Folder for the results (default out/covariate_shift).
+    --figure PATH       Also write the picture to this path.
 
 Needs `pip install 'jaxbn[examples]'`.
 """
@@ -96,17 +100,22 @@ def argument_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--seed", type=seed, default=0, help="of all that is random")
+    add("--seed", type=seed, default=0, help="seed of everything random")
     add("--steps", type=positive(int), default=200, metavar="N", help="training steps")
     add(
         "--pseudo-samples",
         type=samples,
         default=1,
         metavar="N",
-        help="what the statistics of training count as, beside one image",
+        help="images that training counts as, mixed with one test image",
     )
-    add("--out", type=Path, default=Path("out/covariate_shift"), help="results go here")
-    add("--figure", type=picture, metavar="PATH", help="also write the picture there")
+    add(
+        "--out",
+        type=Path,
+        default=Path("out/covariate_shift"),
+        help="folder for the results",
+    )
+    add("--figure", type=picture, metavar="PATH", help="write the picture here too")
     return parser
 
 

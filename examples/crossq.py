@@ -1,27 +1,28 @@
 """CrossQ: reinforcement learning whose critics have batch norm and no target networks.
 
-Trains a pendulum to stand upright, in JAX from the dynamics to the optimizer: soft
-actor-critic (SAC), and CrossQ, which puts (s, a) and (s′, a′) through the critics as
-one batch, normalizes it by batch renormalization, and leaves out the target networks.
-Beside it the same agent with batch norm, and without any norm. All seeds of an agent
-train at once, by `vmap`.
+Trains agents to hold a pendulum upright. Everything is in JAX, from the dynamics to the
+optimizer. The script compares four agents: soft actor-critic (SAC), which has target
+networks; CrossQ, which puts (s, a) and (s′, a′) through the critics as one batch,
+normalizes it by batch renormalization, and has no target networks; and CrossQ with
+batch norm, and without any norm. All seeds of an agent train at the same time, by
+`vmap`.
 
 Run it with
 
     python examples/crossq.py
 
-which prints a table of returns, and writes it to summary.md in the output directory,
-every evaluation to results.json, and the picture to crossq.png. A return of −200 is a
-pendulum that swings up and stands; −1200 one that hangs.
+This prints a table of returns, and writes it to summary.md in the output directory,
+every evaluation to results.json, and the picture to crossq.png. A return of −200 means
+that the pendulum swings up and stands; −1200, that it hangs.
 
 Options:
-    --seeds N       How many seeds (default 5).
-    --steps N       Steps of each training (default 6000).
-    --width N       Units of a layer of the actor; critics have twice as many
+    --seeds N       Number of seeds (default 5).
+    --steps N       Training steps of each agent (default 6000).
+    --width N       Units per layer of the actor; critics have twice as many
                     (default 64).
-    --small         Two seeds, 200 steps, 16 units: to see it run.
-    --out DIR       Where results go (default out/crossq).
-    --figure PATH   Also write the picture there.
+    --small         A quick run with two seeds, 200 steps and 16 units.
+    --out DIR       Folder for the results (default out/crossq).
+    --figure PATH   Also write the picture to this path.
 
 Needs `pip install 'jaxbn[examples]'`.
 """
@@ -99,7 +100,7 @@ def trained(name: str, kind, args: argparse.Namespace) -> np.ndarray:
 
 
 def summary(results: dict[str, np.ndarray], args: argparse.Namespace) -> str:
-    """A table: the last return, its spread, and how soon a seed reaches the goal."""
+    """A table: the final return, its spread, and when the seeds reach the goal."""
     lines = [
         f"| agent | return after {args.steps} steps | steps to {GOAL:.0f} | seeds that "
         "reach it |",
@@ -113,8 +114,8 @@ def summary(results: dict[str, np.ndarray], args: argparse.Namespace) -> str:
         mean = f"{last.mean():.0f} ± {last.std():.0f}"
         lines.append(f"| {name} | {mean} | {steps} | {reached} |")
     note = (
-        f"Means over {args.seeds} seeds of the last three evaluations, ± the standard "
-        "deviation between seeds. Steps: the median of the seeds that reach the goal."
+        f"Returns: means of the last three evaluations over {args.seeds} seeds, ± the "
+        "standard deviation over seeds. Steps: the median of seeds that reach the goal."
     )
     return "\n".join([*lines, "", note, ""])
 

@@ -1,38 +1,39 @@
 """Batch norm in federated learning: what is averaged, and what stays with the client.
 
-Five clients each have a fifth of scikit-learn's handwritten digits, as their own camera
-sees them: as they are, dark, as a negative, blurred, noisy. In every round each client
-takes some steps on its images, and then the server averages the networks:
+Each of five clients has a fifth of scikit-learn's handwritten digits, which look
+different for each client: unchanged, dark, negative, blurred or noisy. In every round,
+each client takes a few steps on its own images. Then the server averages the networks:
 
     alone    nothing: each client trains its own network
-    FedAvg   everything, the running statistics too
-    SiloBN   all parameters; statistics stay with the client
-    FedBN    all but batch norms; their scale, bias and statistics stay with the client
+    FedAvg   everything, including the running statistics
+    SiloBN   all parameters; the statistics stay with the client
+    FedBN    everything except batch norms; their scale, bias and statistics stay with
+             the client
 
-The clients are a leading axis of all variables, mapped by `jax.vmap`. What is averaged
-is a mask: `jaxbn.interop.optax.batch_norm_mask` for the parameters, all or nothing for
-the collection `batch_stats`.
+All variables have a leading axis of clients, which `jax.vmap` maps. A mask says what is
+averaged: `jaxbn.interop.optax.batch_norm_mask` for the parameters, and all or nothing
+for the collection `batch_stats`.
 
 A sixth client, with pale images, takes no part in training. It gets the average of all
-variables, once with the average of the statistics, and once with statistics measured on
-its own unlabelled training images (`jaxbn.population.recalibrate`).
+variables, once with the averaged statistics, and once with statistics measured on its
+own unlabelled training images (`jaxbn.population.recalibrate`).
 
-What to expect: see the tables. FedAvg is behind wherever a client's data have other
-statistics than the average, and at chance where they are dark. SiloBN and FedBN are
-ahead of training alone, by a point or two on average. For a client that was not there,
-the averaged statistics are of no use, and measured ones are of some.
+What to expect: see the table. FedAvg is worse if a client's data have other statistics
+than the average, and guesses on dark images. SiloBN and FedBN are better than training
+alone, by one or two points on average. For the new client, averaged statistics are much
+worse than measured ones.
 
 Run it with
 
     python examples/federated.py
 
 Options:
-    --seed N       Of split, parameters, batches and noise (default 0).
-    --steps N      Rounds (default 40), of 4 steps each.
-    --small        Little of everything, in seconds.
-    --out DIR      Where results go (default out/federated).
-    --figure PATH  Also write the picture there.
-    --table PATH   Also write the table there.
+    --seed N       Seed of split, parameters, batches and noise (default 0).
+    --steps N      Rounds, of 4 steps each (default 40).
+    --small        A quick run with little data.
+    --out DIR      Folder for the results (default out/federated).
+    --figure PATH  Also write the picture to this path.
+    --table PATH   Also write the table to this path.
 
 Needs `pip install 'jaxbn[examples]'`.
 """
@@ -83,12 +84,12 @@ CLIENTS = {
     "noisy": corruption("noise", 2),
 }
 NEWCOMER = ("new: averaged", "new: measured")
-NEW = 64  # Unlabelled images that a new client measures statistics on.
+NEW = 64  # The number of unlabelled images on which the new client measures statistics.
 OPTIMIZER = optax.sgd(LEARNING_RATE, momentum=0.9)
 
 
 def split(data: Digits, seed: int) -> Digits:
-    """Data of the clients, with a leading axis: each has its own training images."""
+    """The data of all clients, on a leading axis. Each has its own training images."""
     number = len(CLIENTS)
     size = len(data.train_x) // number
     parts = data.train_x[: number * size].reshape(number, size, 8, 8)
@@ -103,7 +104,7 @@ def split(data: Digits, seed: int) -> Digits:
 
 
 def averaged_by(method: str, variables: Variables) -> Variables:
-    """Whether the server averages a variable: a tree of booleans."""
+    """A tree of booleans: whether the server averages each variable."""
     is_norm = batch_norm_mask(variables["params"], variables["batch_stats"])
     shared = {
         "alone": lambda own: False,
@@ -119,13 +120,13 @@ def averaged_by(method: str, variables: Variables) -> Variables:
 
 
 def mean_of_clients(leaf: jax.Array) -> jax.Array:
-    """A plain mean, as all have the same number of images; a count stays a count."""
+    """The plain mean: all have the same number of images. Integers stay integers."""
     return leaf.mean(0).astype(leaf.dtype)
 
 
 @partial(jax.jit, static_argnums=0)
 def communicate(method: str, variables: Variables) -> Variables:
-    """Every client gets the mean of what the method averages."""
+    """Gives every client the mean of the variables that the method averages."""
 
     def mean(shared, leaf):
         return jnp.broadcast_to(mean_of_clients(leaf), leaf.shape) if shared else leaf
@@ -134,7 +135,7 @@ def communicate(method: str, variables: Variables) -> Variables:
 
 
 def local_step(net: Network, variables: Variables, momenta: Any, x, y):
-    """A step of one client, on a batch of its own."""
+    """A step of one client, on its own batch."""
 
     def loss(params):
         now = {**variables, "params": params}
@@ -156,7 +157,7 @@ def step_of_all(net: Network, variables: Variables, momenta: Any, x, y):
 def federated(
     net: Network, method: str, start: Variables, data: Digits, rounds: int, seed: int
 ) -> tuple[Variables, dict[int, list[float]]]:
-    """Variables of all clients, and accuracies by round, just after an average."""
+    """The variables of all clients, and the accuracies by round, after averaging."""
     rng = np.random.default_rng(seed)
     clients, size = data.train_y.shape
     variables = jax.tree.map(lambda leaf: jnp.stack([leaf] * clients), start)

@@ -1,30 +1,37 @@
-"""Images from a network's statistics: DeepInversion.
+"""Images from the running statistics of a network: DeepInversion.
 
-Trains convolutions with batch norm on scikit-learn's handwritten digits, and then makes
-images of wanted classes from noise, without the data, by descent on (Yin et al., 2020)
+Trains convolutions with batch norm on scikit-learn's handwritten digits. Then it makes
+images of wanted classes from noise, without the data, by gradient descent on the loss
+of Yin et al. (2020):
 
     cross entropy + TV · total variation
         + STATISTICS · Σ over layers (‖mean − running mean‖ + ‖var − running var‖)
 
-where mean and var are those of the inputs of a batch norm, at inference, over the batch
+Here mean and var are those of the inputs of a batch norm, at inference, over the batch
 of images. `jaxbn.linen.moments_fn` returns them, and can be differentiated. The images
-are made with and without the last term, and judged by a network with another seed, by
-how far their statistics are from the running ones, and by the accuracy on real images
-of a network that was trained on them alone.
+are made with and without the last term, the distance of the statistics. The table shows
+this distance, the accuracy of the network itself and of a network with another seed on
+the images, and the accuracy on real images of a network that was trained on the made
+images only.
 
-What is to be seen (seeds 0 and 1): the network is sure of all images, those that look
-like noise too. With the statistics there are strokes on a dark ground, the distance
-falls from 12 to less than that of real digits, and a network trained on the images has
-85 to 90 % on real ones, instead of 71 to 76 % (95 % from as many real images). The
-other network is no surer of them: it is right on 2 or 3 % fewer than without the term.
+What to expect (seeds 0 and 1): the network classifies all images as wanted, even those
+that look like noise. With the last term, the images have strokes on a dark background,
+and the distance falls from 12 to less than that of real digits. A network trained on
+these images has 85 to 90 % on real ones, instead of 71 to 76 % (and 95 % after training
+on as many real images). The network with another seed is right on 2 or 3 % fewer of
+these images than of those made without the term.
+
+Run it with
+
+    python examples/inversion.py
 
 Options:
-    --seed N       Of split, parameters, batches and noise (default 0).
+    --seed N       Seed of split, parameters, batches and noise (default 0).
     --steps N      Training steps, and steps of descent on images (default 150).
-    --small        Little of everything, in seconds.
-    --out DIR      Where results go (default out/inversion).
-    --figure PATH  Also write the picture there.
-    --table PATH   Also write the table there.
+    --small        A quick run with little data.
+    --out DIR      Folder for the results (default out/inversion).
+    --figure PATH  Also write the picture to this path.
+    --table PATH   Also write the table to this path.
 
 Needs `pip install 'jaxbn[examples]'`.
 """
@@ -49,7 +56,7 @@ from tqdm import tqdm
 
 from jaxbn.linen import moments_fn, running_stats
 
-IMAGES = 240  # To make at once; BATCH_SIZE of them if it is to be small.
+IMAGES = 240  # The number of images made at once; with --small, BATCH_SIZE.
 LEARNING_RATE = 0.05  # Of the pixels, by Adam.
 TV = 0.1  # Weight of the total variation.
 STATISTICS = 0.3  # Weight of the distance of the statistics.
@@ -67,13 +74,13 @@ def distance(net: Network, variables: Variables, x: ArrayLike) -> jax.Array:
     for path, running in stats.items():
         found = moments[path]
         apart += [found.mean - running.mean, found.var - running.var]
-    # With a little under the root, whose slope at 0 is not finite.
+    # The small constant keeps the slope of the square root finite at 0.
     norms = [jnp.sqrt(jnp.square(v).sum() + 1e-12) for v in apart]
     return jnp.stack(norms).sum()
 
 
 def total_variation(x: jax.Array) -> jax.Array:
-    """The mean difference between neighbours, down and across."""
+    """The mean absolute difference between neighboring pixels, down and across."""
     down, across = (jnp.abs(jnp.diff(x, axis=axis)).mean() for axis in (1, 2))
     return down + across
 
@@ -88,7 +95,7 @@ def descend(
     weight: float,
     steps: int,
 ) -> tuple[jax.Array, Any]:
-    """One step of `steps`, where the distance of the statistics has this weight."""
+    """One of `steps` steps. `weight` is that of the distance of the statistics."""
 
     def loss(x):
         logits = jnp.asarray(net.apply(variables, x, training=False))
@@ -121,7 +128,7 @@ def made(
 
 
 def real(data: Digits, labels: np.ndarray) -> np.ndarray:
-    """Training images with these labels, repeated where there are too few."""
+    """Training images with these labels, repeated if there are too few."""
     rows = np.empty(len(labels), int)
     for label in range(10):
         wanted = labels == label

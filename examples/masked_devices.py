@@ -1,18 +1,21 @@
 """Padded sequences in linen, on eight devices, with micro-batches.
 
 Reads each handwritten digit as a sequence of its rows, cut off at a random length. The
-batch is padded, split over eight simulated devices under `jax.jit`, and comes in two
-micro-batches for each step of the optimizer. The statistics of batch norm leave out the
+batch is padded, split over eight simulated devices under `jax.jit`, and split into two
+micro-batches for each step of the optimizer. The statistics of batch norm ignore the
 padding, are those of the whole batch, and take one step for both micro-batches.
 
-At the end, one device repeats all steps with whole batches. What to expect: the first
-layer's running mean agrees to float32's digits. Later layers differ a little, because
-each micro-batch is normalized by its own statistics in training.
+At the end, the running means after one step are compared with those of one device and a
+whole batch. What to expect: in the first layer they agree to float32 precision. In
+later layers they differ slightly, because each micro-batch is normalized by its own
+statistics in training.
+
+Run it with
 
     python examples/masked_devices.py
 
 Options:
-    --steps N    Steps of the optimizer (default 100).
+    --steps N    Optimizer steps (default 100).
 
 Needs `pip install 'jaxbn[examples]'`.
 """
@@ -50,7 +53,7 @@ class Data(NamedTuple):
 
 
 class Net(nn.Module):
-    """Two convolutions along time, and the mean over the positions that are there."""
+    """Two convolutions along time, and the mean over the positions in the mask."""
 
     accumulate: bool = False
 
@@ -113,7 +116,7 @@ def accuracy(net: Net, variables, data: Data) -> jax.Array:
 
 
 def train(net: Net, data: Data, steps: int, parts: int, place=None):
-    """Variables after some steps, each of one batch that comes in `parts`."""
+    """The variables after `steps` steps of one batch each, split into `parts`."""
     rng = np.random.default_rng(1)
     variables, opt_state = init(net, Data(*(a[:2] for a in data)), parts)
     for _ in range(steps):
@@ -126,7 +129,7 @@ def train(net: Net, data: Data, steps: int, parts: int, place=None):
 
 
 def distance(one: dict, other: dict, layer: str) -> float:
-    """How far two running means are apart, in standard deviations."""
+    """The largest difference of two running means, in standard deviations."""
     a, b = (v["batch_stats"][layer] for v in (one, other))
     return float(jnp.max(jnp.abs(a["mean"] - b["mean"]) / jnp.sqrt(b["var"])))
 
@@ -153,9 +156,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     print(
         f"test accuracy after {args.steps} steps: {100 * found['test accuracy']:.1f} %"
     )
-    print("running means after one step, from those of one device and a whole batch:")
+    print("running means after one step, compared with one device and a whole batch:")
     for layer in ("first layer", "second layer"):
-        print(f"  {layer}: {found[layer]:.1e} standard deviations")
+        print(f"  {layer}: {found[layer]:.1e} standard deviations apart")
     return found
 
 

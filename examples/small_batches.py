@@ -1,50 +1,54 @@
-"""Which batch norm for which batch size: four of them, on batches of 2 to 32.
+"""Four batch norms on batches of 2 to 32 examples.
 
-Trains three dense layers of 100 with relu on scikit-learn's handwritten digits, with
-batch norm, batch renormalization, ghost batch norm and streaming batch norm, at several
-batch sizes and from several seeds. A seed decides the split, the first kernels and the
-order of the images; all norms and batch sizes share them. Every run sees the same
-number of images, so smaller batches take more steps. SGD with momentum 0.9; the
-learning rate is --lr · batch / 32 and falls to zero along a cosine, for all norms.
+Trains three dense layers of 100 ReLUs on scikit-learn's handwritten digits, with batch
+norm, batch renormalization (renorm), ghost batch norm and streaming batch norm, at
+several batch sizes and with several seeds. Ghost batch norm normalizes groups of half
+the batch by their own statistics; streaming batch norm normalizes by running statistics
+in training too. The seed determines the split, the initial kernels and the order of the
+images, which are the same for all norms and batch sizes. Every run sees the same number
+of images, so smaller batches take more steps. The optimizer is SGD with momentum 0.9.
+For all norms, the learning rate is --lr · batch / 32, and falls to zero along a cosine.
 
 Dense layers have no spatial axes, so at batch 2 each statistic comes from two values.
-These become -1 and 1, whatever they are. Almost no gradient passes, except where the
-two values are nearly equal: there the gradient is huge. The network was chosen to show
-this. In a network of three 3×3 convolutions, whose last statistics at batch 2 come from
-eight values, all four methods reached 97 to 99 %. The learning rate was chosen too: of
-five between 0.005 and 0.1, at batch 2, renorm was ahead of batch norm up to 0.05.
+Two values normalize to ±1 whatever they are. Almost no gradient passes, except that it
+is huge if the two values are nearly equal. The network was chosen to show this. In a
+network of three 3 × 3 convolutions, whose last statistics at batch 2 come from eight
+values, all four norms reached 97 to 99 % at batch 2, and batch norm was 0.5 points
+above renorm. The learning rate was chosen too. Of five rates from 0.005 to 0.1, at
+batch 2, renorm was better than batch norm up to 0.05, and diverged with some or all
+seeds at 0.1.
 
-With five seeds at batch 2, renorm reaches 86 %, batch norm 56 % and streaming 97 %.
-From batch 4 on, all methods but ghost with groups of 2 are within 2 points. Renorm is
-as good in training mode as at inference, and batch norm is not: 32 % against 56 %. But
-renorm has the gradient of batch norm, times r. It learns hardly more than the last
-layer, the scales and the biases: with --freeze-kernels renorm reaches 88 %, batch norm
-68 % and streaming 91 %. Where two values are nearly equal, σ_B / σ is near 0, and an r
-clipped at 1 / r_max does not compensate for the factor 1 / σ_B. At --lr 0.1 renorm
-diverges for three of the five seeds. With --limits inf inf it reaches 89 % at both
-rates, and the largest gradient falls from 1e4 to 3. --epsilon 0.01 also bounds the
-gradient: 93 % for renorm, 88 % for batch norm.
+With five seeds, at batch 2, these dense layers reach 86 % with renorm, 56 % with batch
+norm and 97 % with streaming. From batch 4 on, all are within 2 points of each other,
+except ghost with groups of 2. Renorm classifies as well in training mode as at
+inference. Batch norm does not: 32 % in training mode and 56 % at inference. But at
+batch 2, renorm has the gradient of batch norm, times r, and learns little more than the
+last layer and the scales and biases. With the kernels frozen at their initial values,
+renorm reaches 88 %, batch norm 69 % and streaming 91 %. If two values are nearly equal,
+σ_B / σ is near 0, and an r clipped at 1 / r_max no longer compensates for the factor
+1 / σ_B. At --lr 0.1, renorm diverges with every seed. With --limits inf inf it keeps
+89 % at either rate, and the largest gradient falls from 2e4 to 4. --epsilon 0.01 also
+bounds the gradient: it gives 93 % for renorm and 87 % for batch norm.
 
-At batch 2 ghost is batch norm by definition. The two rows still differ, because
-gradients of 1e5 magnify rounding errors: they are two samples of the same method.
+At batch 2, ghost is batch norm by definition. The two rows still differ, because
+gradients of 1e5 magnify rounding errors. Consider them two samples of the same result.
 
 Run it with
 
     python examples/small_batches.py
 
-which prints the tables, and writes them to summary.md in the output directory, every
+This prints the tables, and writes them to summary.md in the output directory, every
 seed's numbers to results.json, and the picture to small_batches.png.
 
 Options:
-    --seeds N       How many seeds (default 5).
+    --seeds N       Number of seeds (default 5).
     --batches N...  Batch sizes (default 2 4 8 16 32).
-    --examples N    Images seen by each run (default 16384, twelve epochs).
+    --examples N    Images seen in each run (default 16384, twelve epochs).
     --lr X          Learning rate at batch 32 (default 0.02).
     --epsilon X     Added to every variance (default 1e-5).
-    --limits R D    Where r_max and d_max of renorm end, inf for none (default 3 5).
-    --freeze-kernels  Train only the norms and the last layer.
-    --out DIR       Where results go (default out/small_batches).
-    --figure PATH   Also write the picture there.
+    --limits R D    Final r_max and d_max of renorm, inf for no limit (default 3 5).
+    --out DIR       Folder for the results (default out/small_batches).
+    --figure PATH   Also write the picture to this path.
 
 Needs `pip install 'jaxbn[examples]'`.
 """
@@ -80,9 +84,9 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator, PercentFormatter
 from tqdm import tqdm
 
-PIECES = 16  # Of a run, between which the progress bar moves.
-LARGEST_BATCH = 256  # So that the 450 test images make a batch.
-# Okabe and Ito's colours, told apart by every kind of colour vision.
+PIECES = 16  # Of a run. The progress bar moves after each.
+LARGEST_BATCH = 256  # The 450 test images must make at least one batch.
+# Okabe and Ito's colors, which people with any color vision can tell apart.
 LOOKS = {
     "batch norm": ("#D55E00", "s"),
     "renorm": ("#0072B2", "o"),
@@ -90,7 +94,7 @@ LOOKS = {
     "streaming": ("#009E73", "D"),
 }
 
-Values = dict[str, list[float]]  # What was measured, by its name: a number per seed.
+Values = dict[str, list[float]]  # Measurements by name, with a number for each seed.
 Results = dict[str, dict[int, Values]]  # By norm and batch.
 
 
@@ -101,9 +105,9 @@ def argument_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--seeds", type=int, default=5, help="how many seeds")
+    add("--seeds", type=int, default=5, help="number of seeds")
     add("--batches", type=int, nargs="+", default=[2, 4, 8, 16, 32], help="batch sizes")
-    add("--examples", type=int, default=16384, help="images seen by each run")
+    add("--examples", type=int, default=16384, help="images seen in each run")
     add("--lr", type=float, default=0.02, help="learning rate at batch 32")
     add("--epsilon", type=float, default=1e-5, help="added to every variance")
     add(
@@ -112,16 +116,16 @@ def argument_parser() -> argparse.ArgumentParser:
         nargs=2,
         metavar=("R", "D"),
         default=[3.0, 5.0],
-        help="where r_max and d_max of renorm end",
+        help="final r_max and d_max of renorm",
     )
     add("--freeze-kernels", action="store_true", help="train only norms and last layer")
     add("--out", type=Path, default=Path("out/small_batches"), help="results go here")
-    add("--figure", type=Path, metavar="PATH", help="also write the picture there")
+    add("--figure", type=Path, metavar="PATH", help="write the picture here too")
     return parser
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuses what would fail, or compare unequal things, when much work is done."""
+    """Rejects options that would fail late, or compare unequal things."""
     if min(args.seeds, args.examples, args.lr, args.epsilon) <= 0:
         parser.error("--seeds, --examples, --lr and --epsilon must be above 0")
     if args.limits[0] < 1 or args.limits[1] < 0:
@@ -155,7 +159,7 @@ def study(args: argparse.Namespace) -> Results:
 def run(
     setting: Setting, data, order: np.ndarray, tick: Callable[[int], object]
 ) -> Values:
-    """What one setting comes to, for every seed; `tick` hears of the steps."""
+    """The results of one setting, for every seed. `tick` counts the steps."""
     seeds = len(order)
     batches = jnp.asarray(order.reshape(seeds, setting.steps, setting.batch))
     states = first_states(setting, jnp.arange(seeds))
@@ -169,7 +173,7 @@ def run(
 
 
 def spread(values: list[float]) -> float:
-    """The standard deviation over seeds; none is seen in a single one."""
+    """The standard deviation over seeds, and 0 for a single seed."""
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
@@ -179,7 +183,7 @@ def percent(values: list[float]) -> str:
 
 
 def largest(values: list[float]) -> str:
-    """The median over seeds, which a seed that diverged does not hide."""
+    """The median over seeds. A seed that diverged counts as infinity."""
     return f"{statistics.median(v if v == v else math.inf for v in values):.2g}"
 
 
@@ -229,7 +233,7 @@ def draw(results: Results, paths: Iterable[Path]) -> None:
             1, 2, figsize=(9, 4.3), layout="constrained"
         )
         for place, (norm, by_batch) in enumerate(results.items()):
-            # Side by side, since most of them meet at the larger batches.
+            # Side by side, because most of the points coincide at the larger batches.
             beside = 2 ** (0.06 * (place - (len(results) - 1) / 2))
             at = [batch * beside for batch in by_batch]
             accuracies = [found["inference"] for found in by_batch.values()]

@@ -1,7 +1,11 @@
 """A fully connected layer with batch norm, ported from TensorFlow line by line.
 
-The left column is the classic snippet, the code below it is its port. What changes is
-the name in front: `tf.nn.moments` becomes `tf_nn.moments`, and variables become arrays.
+Each comment is a line of the original TensorFlow code, and the code below it is its
+port. `tf.nn.moments` becomes `tf_nn.moments`, and variables become arrays. The script
+prints the moments of the output, which are close to 0 and 1, and the difference between
+two ways to compute it.
+
+Run it with
 
     python examples/tensorflow_port.py
 """

@@ -1,16 +1,19 @@
-"""A network of torch with its weights, moved to plain JAX, and trained further.
+"""Port a trained torch network to plain JAX, and continue its training.
 
-Trains a small convolutional network in torch on handwritten digits, converts its
-parameters and running statistics by `jaxbn.interop.torch`, and continues in JAX with
-functions alone: no module, one dict of parameters, one dict of statistics.
+Trains a small convolutional network in torch on handwritten digits, and converts its
+parameters and running statistics by `jaxbn.interop.torch`. The training continues in
+JAX with functions only: there are no modules, but one dict of parameters and one dict
+of statistics. The torch network takes the same further steps.
 
-What to expect: both give the same logits, to float32's digits, and the same losses in
-the steps that they then take side by side.
+What to expect: both networks give the same logits to float32 precision, and the same
+losses in the further steps.
+
+Run it with
 
     python examples/torch_port.py
 
 Options:
-    --steps N    Steps in torch, and then in both (default 30).
+    --steps N    Steps in torch, and further steps in both (default 30).
 
 Needs `pip install 'jaxbn[examples]' torch`.
 """
@@ -49,7 +52,7 @@ def torch_net() -> torch.nn.Module:
 
 
 def converted(net: torch.nn.Module) -> tuple[dict, dict]:
-    """Parameters and statistics; kernels go from OIHW to HWIO."""
+    """Parameters and statistics, with kernels in HWIO instead of OIHW."""
     arrays = {key: value.numpy() for key, value in net.state_dict().items()}
     params, stats = {}, {}
     for name, (own, state) in jaxbn.interop.torch.batch_norms(arrays).items():
@@ -58,7 +61,7 @@ def converted(net: torch.nn.Module) -> tuple[dict, dict]:
         params[f"conv_{name}"] = jnp.asarray(arrays[f"{name}.weight"]).transpose(
             2, 3, 1, 0
         )
-    # torch flattens channels first, and JAX channels last here.
+    # torch flattens images with channels first, and `apply` with channels last.
     dense = arrays["7.weight"].reshape(10, 32, 2, 2).transpose(2, 3, 1, 0)
     params["dense"] = jnp.asarray(dense.reshape(128, 10))
     params["bias"] = jnp.asarray(arrays["7.bias"])

@@ -1,30 +1,31 @@
-"""What batch norm is for, on real data: a deep sigmoid network, without and with it.
+"""A deep sigmoid network on handwritten digits, without and with batch norm.
 
-Trains twelve sigmoid layers of 100 on scikit-learn's handwritten digits, once plain and
-once with batch norm before each activation: same kernels at the start, same batches,
-same optimizer (SGD with momentum), same number of steps. It shows
+Trains twelve sigmoid layers of 100 units on scikit-learn's handwritten digits, once
+without and once with batch norm before each activation. Both networks start from the
+same kernels, and see the same batches, optimizer (SGD with momentum) and number of
+steps. The picture shows
 
 1. the gradient norm of each layer at initialization,
 2. the test accuracy over the steps,
-3. the learning rates that train, both networks trained afresh at each,
-4. the gap between train and test.
+3. the test accuracy after training from scratch at many learning rates,
+4. the gap between train loss and test loss.
 
 Run it with
 
     python examples/train_digits.py
 
-which prints a table, and writes it to summary.md in the output directory, the picture
-to digits.png, and parameters and statistics to checkpoints/. To go on where a run
-stopped, bit for bit as if it had not:
+This prints a table, and writes it to summary.md in the output directory, the picture to
+digits.png, and parameters and statistics to checkpoints/. To continue a run where it
+stopped, with the same bits as without the stop:
 
     python examples/train_digits.py --steps 1000 --resume
 
 Options:
-    --steps N      Training steps, for each network and learning rate (default 500).
-    --seed N       Of the split, the parameters and the batches (default 0).
+    --steps N      Training steps for each network and learning rate (default 500).
+    --seed N       Seed of the split, the parameters and the batches (default 0).
     --lr X         Learning rate of panels 2 and 4 (default 0.05).
-    --out DIR      Where results go (default out/digits).
-    --figure PATH  Also write the picture there.
+    --out DIR      Folder for the results (default out/digits).
+    --figure PATH  Also write the picture to this path.
     --resume       Continue from the checkpoint in the output directory.
 
 Needs `pip install 'jaxbn[examples]'`.
@@ -61,10 +62,10 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--steps", type=positive(int), default=500, help="training steps of every run")
-    add("--seed", type=seed, default=0, help="of split, parameters and batches")
+    add("--seed", type=seed, default=0, help="seed of everything random")
     add("--lr", type=positive(float), default=0.05, help="learning rate of the curves")
     add("--out", type=Path, default=Path("out/digits"), help="where results go")
-    add("--figure", type=picture, metavar="PATH", help="also write the picture there")
+    add("--figure", type=picture, metavar="PATH", help="write the picture here too")
     add("--resume", action="store_true", help="continue from the checkpoint in --out")
     return parser
 
@@ -82,7 +83,7 @@ def train_both(
         }
         if first > 0:
             checkpoints.restore(first, runs)
-        bar.reset()  # So that the time left is told without the compilation.
+        bar.reset()  # Leaves compilation out of the estimate of the remaining time.
         bar.set_description("both networks")
         for start, stop in pieces(first, args.steps):
             for run in runs.values():
@@ -97,7 +98,7 @@ def train_both(
 
 
 def digest(runs: dict[str, Run]) -> str:
-    """Twelve hexadecimal digits that change with any bit of what was learned."""
+    """Twelve hexadecimal digits that change with any bit of the trained state."""
     learned = [(run.state.params, run.state.batch_stats) for run in runs.values()]
     hashed = hashlib.sha256()
     for leaf in jax.tree.leaves(learned):
@@ -106,7 +107,7 @@ def digest(runs: dict[str, Run]) -> str:
 
 
 def column(run: Run) -> dict[str, str]:
-    """What the table says of one network."""
+    """The column of one network in the table."""
     last = run.history[-1]
     rates = [lr for lr, accuracy in run.sweep.items() if accuracy >= TRAINS]
     trains = f"{min(rates):g} to {max(rates):g}" if rates else "none"

@@ -1,43 +1,44 @@
-"""Batch statistics over many devices: of the whole batch, of groups, or of each alone.
+"""Batch statistics over many devices: of all devices, of groups, or of each alone.
 
 Trains a small residual network on scikit-learn's handwritten digits, with few images on
-each device, and prints what the three ways to synchronize make of it:
+each device, and compares three ways to synchronize the statistics of batch norm:
 
     python examples/train_multi_device.py
 
-On a machine without accelerators this simulates eight devices on the CPU.
+On a machine without accelerators, this simulates eight devices on the CPU.
 
 Options:
-    --devices N       How many devices to use, by default all there are. Without
-                      accelerators, how many to simulate (default 8).
+    --devices N       Number of devices to use, by default all. Without accelerators,
+                      the number to simulate (default 8).
     --sync MODE       global: statistics of the whole batch; group:K: of K devices;
-                      none: of each device. Twice or more to compare. By default all
-                      three, in groups of two.
+                      none: of each device. Repeat it to compare modes. The default is
+                      all three, with groups of two.
     --style STYLE     jit, shard_map or pmap (default shard_map).
     --api API         linen or nnx (default linen).
-    --batch N         Images of a step, on all devices together (default 16).
+    --batch N         Images per step, on all devices together (default 16).
     --steps N         Training steps (default 200).
-    --seed N          Of parameters and batches (default 0).
-    --out DIR         Where checkpoints go (default out/multi_device).
-    --resume          Continue from the checkpoints, on however many devices. (They hold
-                      one set of statistics: of those per device, the pooled ones.)
+    --seed N          Seed of parameters and batches (default 0).
+    --out DIR         Folder for checkpoints (default out/multi_device).
+    --resume          Continue from the checkpoints, on any number of devices. (They
+                      hold one set of statistics. If each device or group has its own,
+                      this is all of them pooled.)
 
-Several machines. The same command runs in every process; add --distributed, which calls
-`jax.distributed.initialize()`. Under SLURM, Open MPI, Kubernetes and on Cloud TPU, JAX
-finds out by itself who takes part:
+On several machines, run the same command in every process and add --distributed, which
+calls `jax.distributed.initialize()`. Under SLURM, Open MPI, Kubernetes and on Cloud
+TPU, JAX finds the other processes by itself:
 
     srun --nodes 4 --ntasks-per-node 8 --gpus-per-task 1 \\
         python examples/train_multi_device.py --distributed --out /shared/run
 
-Without any of these, say it, here for two processes on one machine:
+Otherwise, name the processes yourself. For example, two processes on one machine:
 
     for i in 0 1; do
         python examples/train_multi_device.py --distributed --devices 8 \\
             --coordinator localhost:9876 --processes 2 --process $i &
     done; wait
 
-(--devices is then that of all processes together.) Checkpoints need a folder that all
-of them see. pmap is for one process.
+(--devices is then the number of devices of all processes together.) All processes must
+have access to the folder of the checkpoints. pmap works in one process only.
 
 Needs `pip install 'jaxbn[examples]'`.
 """
@@ -80,24 +81,24 @@ def argument_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--devices", type=int, help="how many to use, or to simulate")
+    add("--devices", type=int, help="number to use, or to simulate")
     add("--sync", type=sync_mode, action="append", help="global, group:K or none")
     add("--style", choices=["jit", "shard_map", "pmap"], default="shard_map")
     add("--api", choices=["linen", "nnx"], default="linen")
-    add("--batch", type=int, default=16, help="images of a step, on all devices")
+    add("--batch", type=int, default=16, help="images per step, on all devices")
     add("--steps", type=int, default=200, help="training steps")
-    add("--seed", type=int, default=0, help="of parameters and batches")
+    add("--seed", type=int, default=0, help="seed of parameters and batches")
     add("--out", type=Path, default=Path("out/multi_device"), help="for checkpoints")
     add("--resume", action="store_true", help="continue from the checkpoints")
-    add("--distributed", action="store_true", help="jax.distributed.initialize()")
-    add("--coordinator", metavar="HOST:PORT", help="of the first process")
-    add("--processes", type=int, help="how many take part")
-    add("--process", type=int, help="which one this is, from 0")
+    add("--distributed", action="store_true", help="call jax.distributed.initialize()")
+    add("--coordinator", metavar="HOST:PORT", help="address of the first process")
+    add("--processes", type=int, help="number of processes")
+    add("--process", type=int, help="number of this process, from 0")
     return parser
 
 
 def start_devices(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Simulates devices where there are none, and joins the other processes."""
+    """Simulates devices if there are no accelerators, and joins other processes."""
     processes = args.processes or 1
     jax.config.update("jax_num_cpu_devices", (args.devices or 8) // processes)
     if args.distributed:
@@ -112,7 +113,7 @@ def start_devices(args: argparse.Namespace, parser: argparse.ArgumentParser) -> 
     if args.batch % args.devices:
         parser.error(f"--batch {args.batch} does not divide into {args.devices} parts")
     if args.style == "pmap" and jax.process_count() > 1:
-        parser.error("--style pmap is for one process: take shard_map or jit")
+        parser.error("--style pmap is for one process: use shard_map or jit")
 
 
 def train(args: argparse.Namespace, sync: Sync, data: Data, mesh: Mesh) -> State:
@@ -142,7 +143,7 @@ def train(args: argparse.Namespace, sync: Sync, data: Data, mesh: Mesh) -> State
 
 
 def restore(checkpointer, folder: Path, like: State, mesh: Mesh) -> tuple[int, State]:
-    """The step and state of a checkpoint, on whatever devices it was saved."""
+    """The step and state of a checkpoint, which may come from other devices."""
     if not folder.exists():
         raise SystemExit(f"no checkpoint in {folder}: start without --resume")
     replicated = NamedSharding(mesh, P())
@@ -155,7 +156,7 @@ def restore(checkpointer, folder: Path, like: State, mesh: Mesh) -> tuple[int, S
 
 
 def batch(data: Data, mesh: Mesh, seed: int, step: int, size: int):
-    """The images of a step, each on its device; they depend on seed and step alone."""
+    """The images of a step, each on its device. They depend on seed and step only."""
     key = jax.random.fold_in(jax.random.key(seed), step)
     rows = jax.random.choice(key, len(data.train_x), (size,), replace=False)
     rows = jax.device_get(rows)

@@ -1,34 +1,36 @@
 """Predictions with an uncertainty: Monte Carlo batch normalization.
 
-Trains six convolutions with batch norm on scikit-learn's handwritten digits, as
-everyone does. At inference the statistics are not the running ones but those of a batch
-of training images, drawn anew for each of 32 predictions, which are averaged. The noise
-in the statistics is that of training, so that the average is one over models that
-training made plausible (Teye et al., 2018). On clean and corrupted test images three
-networks with the same parameters are compared:
+Trains six convolutions with ordinary batch norm on scikit-learn's handwritten digits.
+At inference, it normalizes by the statistics of a batch of training images instead of
+the running statistics. It repeats this with 32 batches, and averages the predictions.
+The noise of the statistics is that of training, so the average is over models that are
+plausible after training (Teye et al., 2018). Three ways to predict with the same
+parameters are compared on clean and corrupted test images:
 
     running statistics   one prediction: ordinary inference
-    MC, batches of 128   32 predictions, batches as in training
+    MC, batches of 128   32 predictions, batches as large as in training
     MC, batches of 16    32 predictions, smaller batches: more noise than in training
 
-by accuracy, by the negative log-likelihood (NLL), and by the expected calibration error
-(ECE): how far confidence and accuracy are apart, in 15 bins of confidence.
+The table shows the accuracy, the mean confidence, the negative log-likelihood (NLL),
+and the expected calibration error (ECE): the difference between confidence and
+accuracy, averaged over 15 bins of confidence.
 
-What to expect: see the table. With batches as in training the predictions hardly
-change. Smaller batches lower the confidence, which is too high on corrupted images, and
-so NLL and ECE, and not the accuracy. They do not make the network calibrated.
+What to expect: see the table. With batches as large as in training, the predictions
+hardly change. On corrupted images, where the confidence is too high, smaller batches
+lower it, and with it NLL and ECE, but not the accuracy. They do not make the network
+calibrated.
 
 Run it with
 
     python examples/uncertainty.py
 
 Options:
-    --seed N       Of split, parameters, batches and corruptions (default 0).
+    --seed N       Seed of split, parameters, batches and corruptions (default 0).
     --steps N      Training steps (default 200).
-    --small        Little of everything, in seconds.
-    --out DIR      Where results go (default out/uncertainty).
-    --figure PATH  Also write the picture there.
-    --table PATH   Also write the table there.
+    --small        A quick run with little data.
+    --out DIR      Folder for the results (default out/uncertainty).
+    --figure PATH  Also write the picture to this path.
+    --table PATH   Also write the table to this path.
 
 Needs `pip install 'jaxbn[examples]'`.
 """
@@ -73,13 +75,13 @@ def sampled_stats(net: Network, variables: Variables, batches: jax.Array):
 
 @partial(jax.jit, static_argnums=0)
 def probabilities(net: Network, variables: Variables, x: jax.Array) -> jax.Array:
-    """Of each class, by ordinary inference."""
+    """The probability of each class, by ordinary inference."""
     return jax.nn.softmax(jnp.asarray(net.apply(variables, x, training=False)))
 
 
 @partial(jax.jit, static_argnums=0)
 def averaged(net: Network, variables: Variables, stats, x: jax.Array) -> jax.Array:
-    """Of each class, averaged over statistics."""
+    """The probability of each class, averaged over sets of statistics."""
 
     def by_one(stats):
         return probabilities(net, load_stats(variables, stats), x)
@@ -88,7 +90,7 @@ def averaged(net: Network, variables: Variables, stats, x: jax.Array) -> jax.Arr
 
 
 def training_batches(images: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """Batches drawn as in training: each without repetition."""
+    """Batches drawn as in training: no image occurs twice in a batch."""
     rng = np.random.default_rng(seed)
     rows = [rng.choice(len(images), size, replace=False) for _ in range(SAMPLES)]
     return images[np.stack(rows)]
@@ -97,7 +99,7 @@ def training_batches(images: np.ndarray, size: int, seed: int) -> np.ndarray:
 def predictions(
     net: Network, variables: Variables, data: Digits, sets: list[np.ndarray], seed: int
 ) -> Probabilities:
-    """Of all methods, for sets of images one after the other."""
+    """The predictions of all methods, for the concatenated sets of images."""
     found = {"running statistics": [probabilities(net, variables, x) for x in sets]}
     for size in SIZES:
         batches = training_batches(data.train_x, size, seed)
@@ -109,7 +111,7 @@ def predictions(
 
 
 def reliability(p: np.ndarray, labels: np.ndarray) -> list[tuple[float, float, float]]:
-    """Confidence, accuracy and share of the predictions in each bin that has any."""
+    """Confidence, accuracy and share of the predictions in each nonempty bin."""
     confidence, right = p.max(-1), p.argmax(-1) == labels
     bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
     return [
@@ -157,7 +159,7 @@ def draw(found: dict[str, Probabilities], labels: dict[str, np.ndarray], path: P
             axes.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle="--")
             for kind, (color, marker) in LOOKS.items():
                 bins = reliability(found[kind][method], labels[kind])
-                few = 10 / len(labels[kind])  # Of which accuracies say nothing.
+                few = 10 / len(labels[kind])  # Too few predictions for an accuracy.
                 seen, right, share = np.array([b for b in bins if b[2] > few]).T
                 axes.plot(seen, right, color=color, linewidth=1)
                 axes.scatter(

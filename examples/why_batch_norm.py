@@ -1,43 +1,48 @@
-"""Why batch norm: what is said of it, measured on handwritten digits.
+"""Five claims about batch norm, measured on handwritten digits.
 
-Trains dense networks of 64 units a layer on scikit-learn's digits, in five experiments:
+Trains dense networks with 64 units per layer on scikit-learn's digits, in five
+experiments:
 
     gradients  the gradient of each layer's kernel, in 5, 20 and 50 layers, with He's
                kernels and with kernels half as large
     steps      ten layers at learning rates from 0.0003 to 10
-    drift      how far what layers see moves (`jaxbn.population.drift`), whether less of
-               it goes with faster training, and networks that are disturbed on purpose
-    place      batch norm before the activation, after it, and none, relu and sigmoid
+    drift      how far the inputs of layers move (`jaxbn.population.drift`), whether
+               training is faster if they move less, and networks that are disturbed on
+               purpose
+    place      batch norm before the activation, after it, and none, for ReLU and
+               sigmoid
     noise      batch sizes from 8 to 512 on 512 images, with the statistics of the batch
                and with those of all 512
 
-All take SGD with momentum 0.9 and, but for the last, batches of 128. A seed decides the
-split, the first kernels and the batches; networks of a depth share them. Accuracies and
-losses at the end are with the statistics of all training images.
+All use SGD with momentum 0.9 and, except for the last, batches of 128. The seed
+determines the split, the initial kernels and the batches, which are the same for all
+networks of the same depth. Accuracies and losses at the end use the statistics of all
+training images.
 
-What to expect, from three seeds: kernels half as large stop 20 layers without batch
-norm and do not matter with it, but there gradients grow from layer to layer, towards
-the input, and 50 layers hardly train either way. Batch norm trains at learning rates
-thirty times as large; at the small ones it is no faster. It does reduce drift, and
-disturbed until it drifts more than the plain network, it trains about as fast at its
-best. Before or after the activation: alike, if each has its best learning rate. The
-noise of the statistics is worth a point at most, which is hardly more than the spread.
+What to expect, from three seeds: without batch norm, kernels half as large prevent the
+training of 20 layers. With batch norm, the size of the kernels does not matter, but
+gradients grow from layer to layer towards the input. 50 layers hardly train either way.
+Batch norm trains at learning rates up to thirty times as large. At small rates it is no
+faster. It does reduce drift. If it is disturbed until it drifts more than the plain
+network, it still trains about as fast at its best rate. Before or after the activation,
+it is equally good if each has its best learning rate. The noise of the statistics adds
+a point at most, which is hardly more than the spread.
 
 Run it with
 
     python examples/why_batch_norm.py
 
-which prints tables, and writes them to summary.md in the output directory, every seed's
+This prints tables, and writes them to summary.md in the output directory, every seed's
 numbers to results.json, and a picture for each experiment, why_gradients.png and so on.
-It takes some four minutes on two cores. docs/why.md tells what comes out.
+It takes about four minutes on two cores. docs/why.md discusses the results.
 
 Options:
-    --seeds N       How many seeds (default 3).
-    --steps N       Training steps (default 200); gradients takes half as many, noise
+    --seeds N       Number of seeds (default 3).
+    --steps N       Training steps (default 200). gradients takes half as many, noise
                     three times as many.
-    --only NAME...  Which experiments (default all).
-    --out DIR       Where results go (default out/why).
-    --figures DIR   Also write the pictures there.
+    --only NAME...  The experiments to run (default all).
+    --out DIR       Folder for the results (default out/why).
+    --figures DIR   Also write the pictures to this folder.
 
 Needs `pip install 'jaxbn[examples]'`.
 """
@@ -68,11 +73,11 @@ def seeds(text: str) -> int:
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Measures on handwritten digits what is said of batch norm.",
+        description="Measures five claims about batch norm on handwritten digits.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--seeds", type=seeds, default=3, metavar="N", help="how many seeds")
+    add("--seeds", type=seeds, default=3, metavar="N", help="number of seeds")
     add("--steps", type=positive(int), default=200, metavar="N", help="training steps")
     add(
         "--only",
@@ -80,15 +85,15 @@ def argument_parser() -> argparse.ArgumentParser:
         choices=[*EXPERIMENTS],
         default=[*EXPERIMENTS],
         metavar="NAME",
-        help=f"which experiments, of {', '.join(EXPERIMENTS)}",
+        help=f"experiments to run, of {', '.join(EXPERIMENTS)}",
     )
     add("--out", type=Path, default=Path("out/why"), help="results go here")
-    add("--figures", type=Path, metavar="DIR", help="also write the pictures there")
+    add("--figures", type=Path, metavar="DIR", help="write the pictures here too")
     return parser
 
 
 def make_folders(parser: argparse.ArgumentParser, folders: Sequence[Path]) -> None:
-    """Makes the folders to write to now, lest it fails when the work is done."""
+    """Makes the output folders now, so that an error does not come after the work."""
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +102,7 @@ def make_folders(parser: argparse.ArgumentParser, folders: Sequence[Path]) -> No
 
 
 def study(args: argparse.Namespace) -> dict[str, Rows]:
-    """The rows of every experiment that is asked for."""
+    """The rows of every experiment that was chosen."""
     data = stacked_data(args.seeds)
     names = [name for name in EXPERIMENTS if name in args.only]
     results = {}
@@ -118,7 +123,7 @@ def summary(results: dict[str, Rows], args: argparse.Namespace) -> str:
 
 
 def without_nan(values):
-    """Rows as JSON can hold them: null for what is infinite or not a number."""
+    """Rows for JSON, with null for infinity and NaN."""
     if isinstance(values, dict):
         return {key: without_nan(value) for key, value in values.items()}
     if isinstance(values, list):
