@@ -7,7 +7,8 @@ TARGETS = {"h200": "H200", "v5e": "TPU v5e", "cpu": "CPU"}
 DTYPES = ("bfloat16", "float32")
 LIBRARIES = ("jaxbn", "flax", "none")
 NO_GPU = (
-    "No GPU was at hand. `python benchmarks/gpu.py` fills this in where there is one."
+    "jaxbn has not been timed on a GPU yet. `python benchmarks/gpu.py` does this on an "
+    "NVIDIA GPU, and `python benchmarks/tables.py` then writes the table here."
 )
 
 

@@ -297,7 +297,7 @@ def main(argv: Sequence[str] | None = None, net: Network | None = None) -> Resul
     rows = []
     for share in SHARES:
         cells = [results[name][share][s] for name in PENALTIES for s in STAGES]
-        rows.append([f"{share:.0%}", *map(percent, cells)])
+        rows.append([f"{100 * share:.0f} %", *map(percent, cells)])
     text = f"{table(head, rows)}\n\n{drift_table(net, full, data)}"
     finish(args, text, results, lambda path: draw(results, sizes, path))
     return results

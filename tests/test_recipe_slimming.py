@@ -74,7 +74,7 @@ def test_the_table(net, tmp_path):
     page = tmp_path / "page.md"
     argv = ["--small", "--out", tmp_path / "out", "--table", page]
     results = recipe.main(list(map(str, argv)), net=net)
-    assert "| 50% " in page.read_text()
+    assert "| 50 % " in page.read_text()
     assert "| BatchNorm_1 |" in page.read_text()
     for found in results.values():
         for share in found.values():
