@@ -9,3 +9,10 @@ document.addEventListener("DOMContentLoaded", () => {
     link.append(image);
   }
 });
+
+// Sentences in a table are not squeezed to a word a line.
+document.addEventListener("DOMContentLoaded", () => {
+  for (const cell of document.querySelectorAll("article td")) {
+    cell.classList.toggle("wordy", cell.textContent.length > 30);
+  }
+});
