@@ -1,8 +1,8 @@
 """Batch normalization for JAX.
 
-Four functions: `moments` and `normalize`; `batch_norm`, which combines the two with a
-hand-written derivative; and `update` for running statistics. `jaxbn.layers` composes
-them into pure functions, `jaxbn.linen` and `jaxbn.nnx` into Flax modules.
+The main functions are `moments`, `normalize`, `batch_norm` (both in one, with a
+hand-written derivative) and `update`, for running statistics. `jaxbn.layers` makes
+layers of them, as pure functions; `jaxbn.linen` and `jaxbn.nnx` make Flax modules.
 """
 
 import importlib
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Loaded on first use: Flax must not be imported, and the rest takes half of the time.
+# Loaded on first use: some of them import Flax, and they take half of the import time.
 _LAZY = ("folding", "interop", "linen", "nnx", "population")
 
 

@@ -33,40 +33,42 @@ def batch_norm(
 
         m = moments(x)      y = (x − m.mean) · (scale / √(m.var + epsilon)) + bias
 
-    This is `moments` followed by `normalize`, with a derivative that keeps only `x` and
-    feature vectors for the backward pass, and needs one all-reduce there if `axis_name`
-    is given. A loss may also depend on the returned moments.
+    This is `moments` followed by `normalize`, with a hand-written derivative. It keeps
+    only `x` and feature vectors for the backward pass, which needs one all-reduce if
+    `axis_name` is given. A loss may also depend on the returned moments.
 
     Args:
       x: Floating or complex array.
       scale: Factor γ with the shape of the feature axes, in ascending order; by default
-        1. Axes before the feature axes match the first reduced axes of `x`: one vector
-        per example.
+        1. It may have further axes before these, which match the first reduced axes of
+        `x`: one vector per example.
       bias: Offset β, shaped like `scale`; by default 0.
       feature_axes: The axes to keep, an integer or a tuple. By default the last.
-      epsilon: Added to the variance. A number or a scalar array; gradients stop there.
-      weights: As for `moments`. They only affect the statistics; all of `x` is
-        normalized. NaN and infinity where the weight is 0 stay in y, but do not reach
-        the gradient of a loss that leaves these positions out.
+      epsilon: Added to the variance. A number or a scalar array; gradients stop at it.
+      weights: As for `moments`. They affect only the statistics: all of `x` is
+        normalized. NaN or infinity with weight 0 stays in the output, but does not
+        reach the gradients of a loss that leaves these positions out.
       shift: As for `moments`. A running mean, or "sample", saves one pass over `x`.
       axis_name: As for `moments`.
       axis_index_groups: As for `moments`.
       dtype: The output's dtype, by default the dtype of `x`. May be complex for real
         `x`, and must be if `scale` or `bias` is complex.
       derivatives: "vjp" supports reverse mode, and reverse or forward mode over it.
-        "jvp" supports every mode at the same cost on one device, except that its
-        backward pass does not use the CPU kernels; across devices it issues more
-        all-reduces. With a vector per example, both support every mode.
-      implementation: As for `moments`: None, "xla" or "native". With "vjp" the kernels
-        also compute the backward pass. "native" raises with a vector per example.
+        "jvp" supports every mode. On one device it costs the same, except that its
+        backward pass does not use the CPU kernels; across devices it needs more
+        all-reduces. If `scale` or `bias` has a vector per example, both support every
+        mode.
+      implementation: As for `moments`. With "vjp", the kernels also compute the
+        backward pass. "native" does not support a vector per example.
 
     Returns:
-      The output, with the shape of `x`, and the `Moments` of `x`. A batch whose total
-      weight is 0 is normalized with mean `shift` (or 0) and variance 0.
+      `(y, moments)`: the output, with the shape of `x`, and the `Moments` of `x`. A
+      batch whose total weight is 0 is normalized with mean `shift` (or 0) and variance
+      0.
 
     Raises:
-      TypeError: An argument is not floating or complex, or is complex where the output
-        is real.
+      TypeError: An argument is not floating or complex, or is complex and the output is
+        real.
       ValueError: A shape does not fit, an axis is out of range or named twice,
         `derivatives` or `implementation` is unknown, or the implementation is not
         available.

@@ -22,13 +22,14 @@ from jaxbn._shift import (
 
 @_compat.exportable("jaxbn.Moments")
 class Moments(NamedTuple):
-    """Mean, variance and size of a batch, or of part of one.
+    """Mean, variance and total weight of a batch, or of a part of one.
 
     Attributes:
       mean: Array with the shape of the feature axes; complex for complex data.
       var: Biased variance E[|x − mean|²], real and never negative, of the same shape.
-      count: The total weight n, summed over all devices: a scalar, or an array with the
-        shape of the feature axes if the weights have these axes (not of length 1).
+      count: The total weight n, summed over the devices of `axis_name`: a scalar, or an
+        array with the shape of the feature axes if each feature has its own weights
+        (`weights` has full length along any of them).
 
     Example:
       >>> import jaxbn, jax.numpy as jnp
@@ -52,12 +53,12 @@ def moments(
     axis_index_groups: _devices.Groups | None = None,
     implementation: str | None = None,
 ) -> Moments:
-    """Mean and biased variance of `x` over all axes except the feature axes.
+    """Computes the mean and biased variance of `x` over all axes but the feature axes.
 
         n = Σw      mean = Σwx / n      var = Σw|x − mean|² / n
 
-    All sums run over the reduced axes and over the devices of `axis_name`, so the
-    result describes the whole batch, however it is split.
+    All sums run over the reduced axes and over the devices of `axis_name`. The result
+    describes the whole batch, however it is split.
 
     Args:
       x: Floating or complex array of any rank. Sums are accumulated in float32, or in
@@ -67,24 +68,24 @@ def moments(
         `x` by NumPy's rule; by default all 1. Where the weight is 0, `x` may be
         anything, including NaN and infinity. Gradients stop at the weights.
       shift: Chooses the algorithm. None reads `x` twice and is exact for any ratio of
-        mean to standard deviation. An array with the shape of the feature axes, near
-        the mean (such as a running mean), reads `x` once; the nearer, the more exact:
-        the relative error of the variance grows as 1 + ((shift − mean) / std)². It must
-        be the same on all devices of `axis_name` (of each group, if there are groups).
-        Entries that are not finite count as 0. Gradients stop at the shift. "sample"
-        takes it from the batch: its mean, if `x` has at most 2²⁰ elements, else the
-        median of the means of three samples, of up to 16 positions each. A large `x` is
-        read once; the variance is inexact only where whole samples are outliers, or
-        where the mask leaves none of their positions.
+        mean to standard deviation. An array with the shape of the feature axes, such as
+        a running mean, reads `x` once. The nearer it is to the mean, the more exact the
+        variance: its relative error grows as 1 + ((shift − mean) / std)². The array
+        must be the same on all devices of `axis_name` (of each group, if there are
+        groups). Its entries that are not finite count as 0, and gradients stop at it.
+        "sample" computes the shift from the batch: the mean of `x` if it has at most
+        2²⁰ elements, otherwise the median of the means of three samples of up to 16
+        positions each. A large `x` is then read once. The variance is inexact only if
+        whole samples are outliers, or if the mask leaves none of their positions.
       axis_name: Name or names of mapped axes (`jax.shard_map`, `jax.pmap`, `jax.vmap`)
-        to sum over. With an array as `shift` this takes one all-reduce; without one,
-        with "sample", or with the CPU kernels, two.
-      axis_index_groups: Groups of indices that partition the one named axis; each group
-        then has its own moments.
-      implementation: How the sums are computed. None uses the kernels of jaxbn-cpu if
-        they are installed and support these dtypes and axes, and the program is lowered
-        for a CPU; they read `x` once and are exact for any shift. "xla" never uses
-        them, "native" requires them.
+        to sum over. This takes one all-reduce if `shift` is an array, and two if it is
+        None or "sample", or with the CPU kernels.
+      axis_index_groups: Groups of indices that partition the only axis in `axis_name`.
+        Each group has its own moments.
+      implementation: How the sums are computed. "xla" uses XLA. "native" requires the
+        kernels of jaxbn-cpu, which read `x` once and are exact for any shift. None uses
+        these kernels if they are installed, support the dtypes and axes, and the
+        program is lowered for a CPU.
 
     Returns:
       `Moments(mean, var, count)` in the accumulation dtype; `mean` and `var` have the
@@ -94,7 +95,7 @@ def moments(
 
     Raises:
       TypeError: `x` is not floating or complex, `weights` are complex, or `shift` is
-        complex where `x` is real.
+        complex and `x` is real.
       ValueError: An axis is out of range or named twice, `shift` does not have the
         shape of the feature axes, `weights` do not broadcast, the groups do not
         partition the axis, or `implementation` is unknown or not available.
@@ -131,22 +132,23 @@ def merge_moments(
         var = Σnₖ·varₖ / n + Σnₖ|meanₖ − mean|² / n
 
     The result equals `moments` of the concatenated batches, in any order and for any
-    counts; empty parts (count 0) do not matter.
+    counts. Empty parts (count 0) have no effect.
 
     Args:
-      moments_: `Moments` whose arrays have additional axes, as `jax.lax.scan` and
-        `jax.vmap` stack them. A count that was a scalar has only these axes. If they
-        come first, it may also have some leading feature axes (of stacked layers, or of
-        `domain`) and lack the rest.
+      moments_: `Moments` with additional axes, as `jax.lax.scan` and `jax.vmap` stack
+        them. If the count of each part is a scalar, the stacked count has only these
+        axes. If these axes come first, the count may also have the first of the feature
+        axes without the others, as for stacked layers or for `domain`.
       axis: The stacked axes, as axes of `moments_.mean`.
-      shift: As for `moments`: `axis_name` takes one all-reduce with a vector near the
-        pooled mean, and two without.
-      axis_name: As for `moments`: also pools over these devices.
+      shift: None, or a vector near the pooled mean, as for `moments`. With a vector,
+        pooling over `axis_name` takes one all-reduce; otherwise two.
+      axis_name: Name or names of mapped axes to pool over as well, as for `moments`.
 
     Returns:
       `Moments` without the stacked axes.
 
     Raises:
+      TypeError: `moments_` is not `Moments`, or its variance is complex.
       ValueError: An axis is out of range, or `moments_.count` has neither the shape of
         the stacked axes nor the shape of `moments_.mean`.
       NameError: `axis_name` is not bound.
@@ -202,7 +204,7 @@ def merge_moments(
 
 
 def _leads(count: jax.Array, mean: jax.Array, stacked: tuple[int, ...]) -> bool:
-    """Whether a count has the first axes of the mean, and the stacked axes lead."""
+    """Whether the stacked axes come first, and the count the mean's first axes."""
     first = stacked == tuple(range(len(stacked))) and count.ndim >= len(stacked)
     return first and count.shape == mean.shape[: count.ndim]
 

@@ -32,20 +32,20 @@ def normalize(
 
         y = (x − mean) · (scale / √(var + epsilon)) + bias
 
-    With running statistics this is batch norm at inference. The mean is subtracted
-    first, in float32 or wider: `x·a + b` is 40 times less precise where mean/std is
-    large. Differentiable in every mode, to every order.
+    With running statistics, this is batch norm at inference. The mean is subtracted
+    first, in float32 or wider, because `x·a + b` would lose digits if |mean| is far
+    above the standard deviation. Differentiable in every mode, to every order.
 
     Args:
       x: Floating or complex array.
       mean: Array with the shape of the feature axes, in ascending order. This and the
-        following vectors may have further axes before the feature axes, which match the
+        other vectors may have further axes before the feature axes, which match the
         first reduced axes of `x`: one vector per example.
       var: Variance, real, shaped like `mean`.
       scale: Factor γ, shaped like `mean`; by default 1.
       bias: Offset β, shaped like `mean`; by default 0.
       feature_axes: The axes of `x` that the vectors run along. By default the last.
-      epsilon: Added to the variance. A number or a scalar array; gradients stop there.
+      epsilon: Added to the variance. A number or a scalar array; gradients stop at it.
       dtype: The output's dtype, by default the dtype of `x`. May be complex for real
         `x`, and must be if one of the vectors is complex.
 
@@ -54,7 +54,7 @@ def normalize(
 
     Raises:
       TypeError: An argument is not floating or complex, `var` is complex, or `x` or
-        another vector is complex where the output is not.
+        another vector is complex and the output is not.
       ValueError: An axis is out of range or named twice, or a vector does not have the
         shape of the feature axes.
 

@@ -17,30 +17,33 @@ from jaxbn._moments import moments
 
 @_dtypes.mixing
 def sync_stats(stats: Any, axis_name: _devices.AxisName) -> Any:
-    """Pools running statistics that each device has tracked on its own.
+    """Pools running statistics that each device has tracked separately.
 
         mean = E[meanₖ]      var = E[varₖ] + E[|meanₖ − mean|²]      over devices k
 
     By the law of total variance, these are the moments of all the data, if every device
-    has seen the same amount. Devices without updates do not count.
+    has seen the same amount. Devices whose `step` is 0 do not count, unless it is 0 on
+    all devices.
 
     Training with `axis_name` tracks something else: the variance of each whole batch.
-    Here, each device tracks the variance of its part of the batch; the means of the
-    parts, which differ from batch to batch, are averaged over time before they are
-    compared. A network normalized by the statistics of parts also learns differently.
+    Here, each device has tracked the variance of its part of the batch, and the means
+    of the parts, which differ from batch to batch, were averaged over time before they
+    are compared. A network that is normalized by the statistics of parts also learns
+    differently.
 
     Args:
-      stats: The state of a layer, or a tree of dicts and lists of such states or of
-        Flax's `batch_stats` (dicts with "mean" and "var" or "std", and maybe "step").
+      stats: The state of a layer, or dicts and lists of such states. These include
+        Flax's `batch_stats`: dicts with "mean" and "var" or "std", and optionally
+        "step".
       axis_name: Name or names of mapped axes to pool over.
 
     Returns:
-      The same tree with the same dtypes, equal on every device. `step` comes from the
-      device with the most updates.
+      A tree with the same structure and dtypes, equal on every device. `step` is taken
+      from the device with the most updates.
 
     Raises:
       NameError: `axis_name` is not bound.
-      TypeError: The tree has a leaf that does not belong to a mean and variance.
+      TypeError: The tree has a leaf that is not part of such a state.
 
     Example:
       >>> import jax, jaxbn, jax.numpy as jnp
@@ -74,15 +77,16 @@ def sync_stats(stats: Any, axis_name: _devices.AxisName) -> Any:
 def assert_replicated(tree: Any, *, stacked: bool = False) -> None:
     """Asserts that every array in a tree is the same on every device, bit for bit.
 
-    An array may claim to be replicated and yet hold a different value on each device:
-    `jax.shard_map` with `check_vma=False` trusts its `out_specs`. Unsynchronized
-    statistics come out of it like this, and a checkpoint keeps one device's values.
+    An array can be marked as replicated and yet hold a different value on each device,
+    because `jax.shard_map` with `check_vma=False` trusts its `out_specs`. This happens
+    to statistics that were not synchronized, and a checkpoint then keeps the values of
+    one device.
 
     Args:
-      tree: Any tree of concrete arrays: parameters, running statistics. With several
-        processes, each must call this with its own view of the same tree.
+      tree: Any tree of concrete arrays, such as parameters and running statistics. With
+        several processes, each must call this with its own view of the same tree.
       stacked: Whether arrays have a leading device axis, as `jax.pmap` and `jax.vmap`
-        return them; then all rows must be equal.
+        return them. All rows must then be equal.
 
     Returns:
       Nothing.
@@ -91,6 +95,7 @@ def assert_replicated(tree: Any, *, stacked: bool = False) -> None:
       AssertionError: A leaf is sharded, or differs between devices; the message names
         the first such leaf and the devices that differ from the first one.
       TypeError: A leaf is traced.
+      ValueError: `stacked` is True, and a leaf is a scalar.
 
     Example:
       >>> import jax, jaxbn, jax.numpy as jnp
@@ -120,7 +125,7 @@ def assert_replicated(tree: Any, *, stacked: bool = False) -> None:
 
 def _pooled(stats: Mapping[str, jax.Array], axis_name: _devices.AxisName) -> dict:
     # A device without updates has the initial values, which are not data. If no device
-    # has updates, their average is the initial values again.
+    # has updates, all have the same initial values, and so does their average.
     weight, pooled = jnp.ones(()), {}
     if "step" in stats:
         pooled["step"] = lax.pmax(stats["step"], axis_name)

@@ -1,4 +1,4 @@
-"""Running statistics: the state that inference normalizes with, and its updates."""
+"""Running statistics: the state for inference, and its updates."""
 
 import dataclasses
 import functools
@@ -20,12 +20,12 @@ Momentum = ArrayLike | Callable[[jax.Array], ArrayLike]
 
 @_compat.exportable("jaxbn.RunningStats")
 class RunningStats(NamedTuple):
-    """Running mean and variance. Structure, shapes and dtypes never change.
+    """Running mean and variance. Their structure, shapes and dtypes never change.
 
     Attributes:
       mean: Array with the shape of the feature axes.
       var: Real array of the same shape.
-      step: int32 scalar, the number of updates with any weight.
+      step: int32 scalar, the number of updates in which any feature had weight.
 
     Example:
       >>> import jaxbn
@@ -41,11 +41,12 @@ class RunningStats(NamedTuple):
 def init_stats(
     features: int | tuple[int, ...], *, dtype: DTypeLike = jnp.float32
 ) -> RunningStats:
-    """Running statistics before any update: mean 0, variance 1, step 0.
+    """Makes initial running statistics: mean 0, variance 1, step 0.
 
     Args:
       features: The number of features, or the lengths of several feature axes.
-      dtype: The dtype of `mean`; `var` is its real part's. Complex for complex data.
+      dtype: The dtype of `mean`, complex for complex data. `var` has the real dtype of
+        the same precision.
 
     Returns:
       `RunningStats(mean, var, step)`.
@@ -83,26 +84,27 @@ def update(
     Args:
       stats: The statistics so far.
       moments: The moments of the batch, as `moments` and `batch_norm` return them.
-      momentum: The weight of the *old* value, as in Flax, Keras and Haiku (in PyTorch
-        it is the weight of the new one, 1 − this). A number from 0 to 1, an array with
-        the shape of the features, or a function of `stats.step`: `cumulative()`,
-        `debiased(0.99)`, or an optax schedule. Gradients stop there.
+      momentum: The weight of the *old* value, as in Flax, Keras and Haiku. (In PyTorch,
+        momentum is the weight of the new value: 1 minus this.) A number from 0 to 1, an
+        array with the shape of the features, or a function of `stats.step`:
+        `cumulative()`, `debiased(0.99)`, or an optax schedule. Gradients stop at it.
       unbiased: Whether to multiply the batch variance by n/(n − 1) where n > 1.
       skip_nonfinite: Whether features whose batch mean or variance is infinite or NaN
-        keep their values, as features without weight do. Without it, one such batch
-        makes their statistics NaN for good.
+        keep their statistics. Without it, one such batch makes these statistics NaN for
+        good.
 
     Returns:
-      `RunningStats` with the dtypes of `stats`. In float16 and bfloat16, rounding is
-      random, by a hash of the value and `stats.step`, so small steps are not lost. At
-      step 0, and thus wherever steps are not counted, a step that is too small moves to
-      the next number. Features without weight keep their values; the update counts in
-      `step` if any feature had weight. No gradient passes.
+      `RunningStats` with the dtypes of `stats`, without gradient. Features without
+      weight in the batch keep their values. `step` increases by 1 if any feature had
+      weight. float16 and bfloat16 are rounded at random, by a hash of the value and
+      `stats.step`, so that small steps are not lost. At step 0, which includes modules
+      that do not count steps, a step that is too small moves to the next number
+      instead.
 
     Raises:
       TypeError: The moments are complex and the statistics real, or `unbiased` or
         `skip_nonfinite` is not a bool.
-      ValueError: The shapes do not match `stats`, or a momentum is outside 0 to 1.
+      ValueError: A shape does not match `stats`, or the momentum is not from 0 to 1.
 
     Example:
       >>> import jaxbn, jax.numpy as jnp
@@ -161,8 +163,8 @@ def _stored(
 
     In bfloat16, a step of 1 % of the way to the batch's value is less than half the gap
     to the next number, long before that value is reached. So rounding is random, and
-    correct on average; the step number and the lost digits decide. Where steps are not
-    counted, the result is the next number towards the batch's value.
+    correct on average: it depends on the step number and the lost digits. If steps are
+    not counted, the result is the next number towards the batch's value.
     """
     # In a loop, new arrays replace old ones, so types must match, including sharding.
     nearest = new.astype(old.dtype)
@@ -198,7 +200,7 @@ def old_weight(stats: RunningStats, momentum: Momentum) -> Any:
 
 
 def cumulative() -> Callable[[jax.Array], jax.Array]:
-    """A momentum that makes running statistics the plain average of all batches.
+    """Makes a momentum for the plain average of all batches.
 
         momentum(step) = step / (step + 1)
 
@@ -218,13 +220,13 @@ def cumulative() -> Callable[[jax.Array], jax.Array]:
 
 
 def debiased(decay: float) -> Callable[[jax.Array], jax.Array]:
-    """A momentum that removes the initial value from the exponential average.
+    """Makes a momentum for an exponential average without the initial values.
 
         momentum(t) = decay · (1 − decayᵗ) / (1 − decayᵗ⁺¹)
 
-    The running value is then Σ decayᵏ·batchₜ₋ₖ / Σ decayᵏ at every step, for mean and
-    variance: the first batch replaces the initial 0 and 1, and later it is the usual
-    exponential average. The stored statistics are already debiased.
+    At every step, running mean and variance are Σ decayᵏ·batchₜ₋ₖ / Σ decayᵏ. The first
+    batch replaces the initial 0 and 1; later, this is the usual exponential average.
+    The stored statistics are already debiased.
 
     Args:
       decay: The weight of the old value in the long run, 0 ≤ decay < 1.
