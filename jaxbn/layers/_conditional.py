@@ -42,24 +42,24 @@ def conditional(
     implementation: str | None = None,
     skip_nonfinite: bool = False,
 ) -> Layer:
-    """Conditional batch norm: scale and bias by the example's class or embedding.
+    """Conditional batch norm: an example's class or embedding sets its scale and bias.
 
         x̂ = batch_norm(x)            y[i] = x̂[i] · scale[i] + bias[i]
-        by class:       scale[i] = params["scale"][c]            c the class of i
+        by class:       scale[i] = params["scale"][c]
         by embedding:   scale[i] = params["scale"] + e @ params["scale_kernel"]
 
-    and likewise for bias; the `condition` is c, or e, the embedding of example i. The
-    statistics are taken over the whole batch. Initially, all examples are treated
-    alike: scales are 1, biases and kernels 0. Differentiable in every mode, to every
-    order.
+    where the `condition` is c, the class of example i, or e, its embedding; likewise
+    for bias. The statistics are those of the whole batch. Initially, scales are 1, and
+    biases and kernels 0, so all examples are treated alike. Differentiable in every
+    mode, to every order.
 
     Args:
-      num_classes: The number of classes; the `condition` is then integers. Give this or
+      num_classes: The number of classes, for a `condition` of integers. Give this or
         `embedding_size`.
-      embedding_size: The length of the embeddings; the `condition` is then an array
-        with one embedding per example.
-      feature_axes: As for `standard`, like all options below. The first other axis is
-        the batch axis.
+      embedding_size: The length of the embeddings, for a `condition` with one embedding
+        per example.
+      feature_axes: As for `standard`, like all options below. The first of the other
+        axes is the batch axis.
       momentum: The weight of the old running statistics.
       epsilon: Added to the variance.
       use_scale: Whether there is a scale.
@@ -75,15 +75,16 @@ def conditional(
       skip_nonfinite: As for `standard`.
 
     Returns:
-      A `Layer`. `apply` also needs `condition`: integers from 0 to `num_classes` − 1,
-      one per example or a scalar for all (for any other integer, output and gradient
-      are NaN: give padding a valid class and the weight 0), or embeddings of shape
-      (examples, embedding_size). The state is a `RunningStats`.
+      A `Layer`. Its state is a `RunningStats`. `apply` also needs `condition`: for
+      classes, integers from 0 to `num_classes` − 1, one per example, or a scalar for
+      all; for embeddings, an array of shape (examples, embedding_size). For any other
+      class, output and gradient are NaN, so give padding a valid class and the weight
+      0.
 
     Raises:
       TypeError: `num_classes` or `embedding_size` is not an integer. In `apply`: the
         `condition` has the wrong type.
-      ValueError: Both or neither are given, or one is below 1. In `apply`: the
+      ValueError: Both or neither of them are given, or one is below 1. In `apply`: the
         `condition` has the wrong shape.
 
     Example:

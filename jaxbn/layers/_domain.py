@@ -50,29 +50,29 @@ def domain(
 ) -> Layer:
     """Domain-specific batch norm: every domain has its own statistics.
 
-    With k the domain of example i:
+    If example i belongs to domain k:
 
         training:   y[i] = (x[i] − μ_k) / √(var_k + epsilon) · scale_k + bias_k
-                    state_k = update(state_k, μ_k and var_k)      for domains present
-        inference:  the same with the running statistics of domain k
+                    state_k = update(state_k, (μ_k, var_k))    for domains in the batch
+        inference:  the same y, with the running statistics of domain k
 
-    where μ_k and var_k are the moments of the batch's examples of domain k. One pass
-    over `x` serves all domains. Domains may be clean and adversarial examples
-    (AdvProp), weakly and strongly augmented examples (split batch norm), or the domains
-    of domain adaptation. Differentiable in every mode, to every order.
+    where μ_k and var_k are the moments of the examples of domain k in the batch. One
+    pass over `x` serves all domains. Domains can be clean and adversarial examples
+    (AdvProp), weakly and strongly augmented examples (split batch norm), or the source
+    and target of domain adaptation. Differentiable in every mode, to every order.
 
     Args:
       num_domains: The number of domains.
       shared_affine: Whether the domains share scale and bias. By default each has its
         own, and the parameters have a leading domain axis.
-      feature_axes: As for `standard`, like all options below. The first other axis is
-        the batch axis.
-      momentum: The weight of the old running statistics. A function of the step gets
-        each domain's step.
+      feature_axes: As for `standard`, like all options below. The first of the other
+        axes is the batch axis.
+      momentum: The weight of the old running statistics. A function of the step is
+        called with each domain's own step.
       epsilon: Added to the variance.
       use_scale: Whether `params` has a factor "scale".
       use_bias: Whether `params` has an offset "bias".
-      use_fast_variance: True and "running_mean" pass each domain's running mean as
+      use_fast_variance: True and "running_mean" use each domain's running mean as the
         `shift`; False and "sample" take two passes.
       unbiased: Whether to track the variance times n/(n − 1), with each domain's n.
       axis_name: Name or names of mapped axes to compute statistics over.
@@ -84,10 +84,10 @@ def domain(
 
     Returns:
       A `Layer`. `apply` also needs `domain_ids`: integers from 0 to `num_domains` − 1,
-      one per example, or a scalar for all. An example with any other id counts for no
-      domain, and its output and gradient are NaN: give padding a valid id and the
+      one per example, or a scalar for all. An example with any other id belongs to no
+      domain, and its output and gradient are NaN, so give padding a valid id and the
       weight 0. The state is a `RunningStats` with a leading domain axis, also for
-      `step`; domains without an example keep their state.
+      `step`. Domains without an example in the batch keep their state.
 
     Raises:
       TypeError: `num_domains` is not an integer. In `apply`: `domain_ids` are not

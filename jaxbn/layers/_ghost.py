@@ -46,31 +46,31 @@ def ghost(
     """Ghost batch norm: each group of examples is normalized by its own statistics.
 
         y[group] = batch_norm(x[group], scale, bias)        for every group
-        state = update(state, merge_moments(those of the groups))
+        state = update(state, merge_moments(moments of the groups))
         inference:  y = normalize(x, state.mean, state.var, scale, bias)
 
-    Groups divide the whole batch, so they do not depend on the number of devices.
-    Groups that do not cross devices need no collective, except for the running
+    Groups are parts of the whole batch, so results do not depend on the number of
+    devices. A group on a single device needs no collective, except for the running
     statistics.
 
     Args:
       group_size: The number of examples per group; must divide the batch. Give this or
         `num_groups`.
       num_groups: The number of groups that the batch, over all devices, is split into.
-      strided: False groups neighbors, 0 0 0 1 1 1; True alternates between groups,
-        0 1 0 1 0 1, as tf.keras' `virtual_batch_size` does.
+      strided: False groups neighbors (0 0 0 1 1 1). True alternates between groups
+        (0 1 0 1 0 1), like `virtual_batch_size` of tf.keras.
       update_per_group: False updates the running statistics once, with the pooled
-        moments of all groups. True updates them with each group in turn, as in the
-        paper: one step of `momentum` per group.
-      feature_axes: As for `standard`, like all options below. The first other axis is
-        the batch axis.
+        moments of all groups. True updates them with each group in turn, one step of
+        `momentum` per group, as in the paper.
+      feature_axes: As for `standard`, like all options below. The first of the other
+        axes is the batch axis.
       momentum: The weight of the old running statistics.
       epsilon: Added to the variance.
       use_scale: Whether `params` has a factor "scale".
       use_bias: Whether `params` has an offset "bias".
       use_fast_variance: As for `standard`.
       unbiased: Whether to track the variance times n/(n − 1). Here n is the size of the
-        whole batch, or of a group with `update_per_group`.
+        whole batch, or, with `update_per_group`, of a group.
       axis_name: Name or names of mapped axes that the batch is split over.
       dtype: The output's dtype, by default the dtype of `x`.
       param_dtype: The dtype of the parameters.
@@ -85,8 +85,8 @@ def ghost(
 
     Raises:
       TypeError: `group_size` or `num_groups` is not an integer.
-      ValueError: Both or neither are given, or one is below 1. In `apply`: the groups
-        do not divide the batch, or each device's part of it.
+      ValueError: Both or neither of them are given, or one is below 1. In `apply`: the
+        batch, or each device's part of it, cannot be divided into such groups.
 
     Example:
       >>> import jaxbn, jax.numpy as jnp
@@ -131,7 +131,7 @@ def ghost(
         y = norm.by_moments(batch, m, (scale, bias), derivatives)
         m, over = _of_all_groups(m, groups, axis_name, gather=update_per_group)
         if not update_per_group:
-            # A shift saves a collective, but costs digits if it is far from the mean.
+            # A shift saves a collective, but loses digits if it is far from the mean.
             shift = near if isinstance(near, jax.Array) and not batch.kernels else None
             m = merge_moments(m, shift=shift, axis_name=over)
         return _devices.reshape_like(y, x), m

@@ -1,4 +1,4 @@
-"""Batch norm and activation in one, with a backward pass that keeps only the output."""
+"""Batch norm with an activation, whose backward pass keeps only the output."""
 
 import functools
 from typing import Any
@@ -43,19 +43,19 @@ def in_place(
     The next layer keeps z as its input, so batch norm and activation need no memory of
     their own: the backward pass recovers y = φ⁻¹(z) and
     x̂ = (y − bias) / (|scale| + epsilon). On GPUs, this halves the memory that a
-    convolutional network keeps. It works on real numbers and in reverse mode.
+    convolutional network keeps. Only real numbers and reverse mode are supported.
 
     Do not use it if scales come near 0 (because they start at 0, or weight decay pulls
     them there): x̂ is recovered with the rounding error of z divided by |scale|. In
-    bfloat16 the gradient of scale is off by about 1e-2 at |scale| = 0.1, and by 0.4 at
-    0.01. Nor use it if the sign of the scale matters, as in most trained checkpoints.
-    With ELU, every y below −17 (−6 in bfloat16) has the output −1, and the gradient of
-    x there is the gradient at −17.
+    bfloat16, the gradient of scale is off by about 1e-2 at |scale| = 0.1, and by 0.4 at
+    0.01. Do not use it either if the sign of the scale matters, as it does in most
+    trained checkpoints. With ELU, every y below −17 (−6 in bfloat16) has the output −1,
+    and the gradient of x is computed as if y were −17.
 
     The alternative is `jax.checkpoint` with a policy that keeps the outputs of the
-    convolutions and recomputes batch norm and activation:
-    `jax.checkpoint_policies.save_only_these_names("conv")`, with the outputs named by
-    `jax.ad_checkpoint.checkpoint_name(y, "conv")`.
+    convolutions, and recomputes batch norm and activation:
+    `jax.checkpoint_policies.save_only_these_names("conv")`, where the outputs are named
+    by `jax.ad_checkpoint.checkpoint_name(y, "conv")`.
 
     Args:
       activation: "leaky_relu", "elu" or "identity".
@@ -80,7 +80,7 @@ def in_place(
       A `Layer`. Its state is a `RunningStats`.
 
     Raises:
-      TypeError: In `apply`: `x` or a parameter is complex; else as for `standard`.
+      TypeError: In `apply`: `x` or a parameter is complex, or as for `standard`.
       ValueError: `activation` cannot be inverted, or `negative_slope` is not above 0.
 
     Example:

@@ -39,24 +39,25 @@ class Layer(NamedTuple):
     """A batch norm as pure functions, in the style of optax.
 
     `init` and `apply` are enough for training and inference. `forward` and `update` are
-    the halves of `apply`, for moments that come in several parts or from elsewhere: in
-    training, `apply` is `y, m = forward(...)`, `state = update(state, m)`.
+    the halves of `apply`, for moments that are pooled from several parts or come from
+    elsewhere. In training, `apply` is `y, m = forward(...)` and
+    `state = update(state, m)`.
 
-    Layers with equal options are equal, have the same hash, and can be pickled; so can
-    their functions. To JAX, a layer is not a leaf but part of a tree's structure: it
-    can be an argument of a compiled function, or a field of a module.
+    Layers with equal options are equal and have the same hash. Layers and their
+    functions can be pickled. To JAX, a layer is part of the structure of a tree, not a
+    leaf, so it can be an argument of a compiled function or a field of a module.
 
     Attributes:
       init: `init(features) -> (params, state)`. `features` is the number of features,
-        or the lengths of several feature axes; `params` are trained, `state` is not.
+        or the lengths of several feature axes. `params` are trained, `state` is not.
       apply: `apply(params, state, x, *, training, weights=None) -> (y, state)`.
         `training` is a Python bool. The new state has the structure, shapes and dtypes
-        of the old one; at inference it is the old one. `domain` and `conditional` take
+        of the old one; at inference, it is the old one. `domain` and `conditional` need
         one more keyword.
-      forward: Called like `apply`, it returns `(y, moments)`: the `Moments` to update
-        the state with, or, at inference, the moments of `x`.
-      update: `update(state, moments) -> state`, for moments that `forward` returns, or
-        that `merge_moments` has pooled.
+      forward: Takes the arguments of `apply` and returns `(y, moments)`: in training,
+        the `Moments` to update the state with; at inference, the exact moments of `x`.
+      update: `update(state, moments) -> state`, with moments from `forward`, or pooled
+        by `merge_moments`.
 
     Example:
       >>> import jax, jaxbn, jax.numpy as jnp
@@ -116,7 +117,7 @@ class Norm(NamedTuple):
         return checked_batch(x, self.feature_axes, weights, *over, self.implementation)
 
     def shift(self, state: Any) -> Any:
-        """What sums are taken about, by `use_fast_variance`; None for two passes."""
+        """The shift that `use_fast_variance` chooses; None for two passes."""
         split = self.axis_name is not None
         return chosen(self.use_fast_variance, state.mean, split=split)
 
@@ -129,7 +130,7 @@ class Norm(NamedTuple):
         return moments_about(None, self.batch(x, weights))
 
     def counted(self, m: Moments) -> Moments:
-        """The moments that running statistics take; others have count 0."""
+        """The moments, with count 0 for features that running statistics ignore."""
         return finite_only(m) if self.skip_nonfinite else m
 
     def by_moments(

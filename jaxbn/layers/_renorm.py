@@ -1,4 +1,4 @@
-"""Batch renormalization: training normalizes in the same way as inference."""
+"""Batch renormalization: normalizes in training in the same way as at inference."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ class RenormStats(NamedTuple):
     Attributes:
       mean: Array with the shape of the feature axes.
       std: Real array of the same shape, an average of √(var + epsilon).
-      step: int32 scalar, the number of updates with any weight.
+      step: int32 scalar, the number of updates in which any feature had weight.
 
     Example:
       >>> import jaxbn
@@ -73,32 +73,32 @@ def renorm(
 ) -> Layer:
     """Batch renormalization: batch norm, corrected towards the running statistics.
 
-    With the batch's mean μ_B and σ_B = √(var + epsilon), and the running μ and σ:
+    With the mean μ_B of the batch, σ_B = √(var + epsilon), and the running μ and σ:
 
         r = clip(σ_B / σ, 1/r_max, r_max)      d = clip((μ_B − μ) / σ, −d_max, d_max)
         training:   y = ((x − μ_B) / σ_B · r + d) · scale + bias
                     μ, σ = momentum·(μ, σ) + (1 − momentum)·(μ_B, σ_B)
         inference:  y = (x − μ) / σ · scale + bias
 
-    With `tracks="var"`, the running statistics are μ and an average v of variances, and
-    σ = √(v + epsilon) where it is used.
+    With `tracks="var"`, the running statistics are μ and an average v of variances,
+    from which σ = √(v + epsilon).
 
-    No gradient passes through r and d. Where nothing is clipped, training has the same
-    output as inference with the statistics before the update, however small the batch.
-    With r = 1 and d = 0 (`r_max=1`, `d_max=0`) it is batch norm. Early running
-    statistics carry no information: let the limits grow from there, as in the paper,
-    with schedules such as
-    `optax.linear_schedule(1.0, 3.0, 35_000, transition_begin=5_000)`, or have batch
-    norm for the first `warm_up_steps`, as CrossQ does.
+    No gradient passes through r and d. If nothing is clipped, the output in training is
+    the output at inference by the statistics before the update, however small the
+    batch. With r = 1 and d = 0 (`r_max=1`, `d_max=0`), the layer is batch norm. Early
+    in training, the running statistics carry no information. Therefore either start
+    from these limits and let them grow, as in the paper, with schedules such as
+    `optax.linear_schedule(1.0, 3.0, 35_000, transition_begin=5_000)`, or set
+    `warm_up_steps`, as CrossQ does.
 
     Args:
-      r_max: The largest r, and 1 over the smallest r: a number of at least 1 (`jnp.inf`
+      r_max: The largest r; the smallest r is 1/r_max. A number of at least 1 (`jnp.inf`
         clips nothing), or a function of the step.
       d_max: The largest |d|: a number of at least 0, or a function of the step.
-      tracks: What is averaged: "std", standard deviations √(var + epsilon), as in the
-        paper, or "var", variances, as in reinforcement learning.
-      warm_up_steps: Up to this number of updates, r = 1 and d = 0. Not together with
-        limits that are functions of the step.
+      tracks: What is averaged. "std": standard deviations √(var + epsilon), as in the
+        paper. "var": variances, as in reinforcement learning.
+      warm_up_steps: For this number of updates, r = 1 and d = 0. Cannot be combined
+        with limits that are functions of the step.
       feature_axes: As for `standard`, like all options below.
       momentum: The weight of the old running statistics.
       epsilon: Added to the variance.
@@ -116,14 +116,16 @@ def renorm(
       skip_nonfinite: As for `standard`.
 
     Returns:
-      A `Layer`. Its state is a `RenormStats`. The moments that `forward` returns and
-      `update` takes include epsilon in their variance. With `tracks="var"` the state is
-      a `RunningStats`, and the moments have the variance itself.
+      A `Layer`. Its state is a `RenormStats`, and the variance of the moments that
+      `forward` returns and `update` takes includes epsilon. With `tracks="var"`, the
+      state is a `RunningStats`, and epsilon is not included.
 
     Raises:
-      ValueError: `r_max` is below 1 or `d_max` below 0, `tracks` is another word, or
-        `warm_up_steps` is negative, or given together with a limit that is a function.
-      TypeError: In `apply`, as for `standard`.
+      ValueError: `r_max` is below 1, `d_max` is below 0, `tracks` is neither "std" nor
+        "var", or `warm_up_steps` is negative or combined with a limit that is a
+        function.
+      TypeError: A limit is neither a number nor a function, or `warm_up_steps` is not
+        an integer. In `apply`, as for `standard`.
 
     Example:
       >>> import jaxbn, jax.numpy as jnp

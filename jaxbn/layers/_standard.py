@@ -48,10 +48,11 @@ def standard(
         mean = (1 − α)·state.mean + α·x̄
         var  = (1 − α)·state.var + α·s² + α·(1 − α)·(x̄ − state.mean)²
 
-    With N `pseudo_samples`, inference mixes in the moments μ_B and var_B of its batch
-    of n examples, for data from a different domain than the training data:
+    With `pseudo_samples` N, inference mixes the moments μ_B and var_B of its batch of n
+    examples into the running statistics, for data from a different domain than the
+    training data:
 
-        mean = N/(N + n)·state.mean + n/(N + n)·μ_B        var alike
+        mean = N/(N + n)·state.mean + n/(N + n)·μ_B        likewise for var
 
     Args:
       feature_axes: The axes of `x` that have their own statistics and parameters.
@@ -60,21 +61,23 @@ def standard(
       epsilon: Added to the variance.
       use_scale: Whether `params` has a factor "scale" (γ), initially 1.
       use_bias: Whether `params` has an offset "bias" (β), initially 0.
-      use_fast_variance: The `shift` of the sums, as for `moments`. "sample" is exact
-        from the first step, and takes one small all-reduce more on a batch that is
-        split over devices. "running_mean" is the more exact the nearer it is. True
-        chooses "sample" in programs for one CPU or GPU without `axis_name`, else
-        "running_mean". All of them read `x` once; False takes two passes. The same
-        holds for `pseudo_samples`.
+      use_fast_variance: The `shift` for the moments of the batch, including those for
+        `pseudo_samples`. "sample" is exact from the first step, but takes one more
+        small all-reduce if the batch is split over devices. "running_mean" is more
+        exact the nearer that mean is to the mean of the batch. True chooses "sample" in
+        programs for one CPU or GPU without `axis_name`, and "running_mean" otherwise.
+        False takes two passes over `x`, the others one ("sample" takes two over a small
+        batch).
       unbiased: Whether to track the variance times n/(n − 1).
       example_weight: α, from 0 to 1: a number, or an array with the shape of the
         features. In a training batch of m examples, each example contributes 1/m to the
         statistics that normalize it. An α of about 1/m brings inference close to that,
         which helps networks trained on small batches.
-      pseudo_samples: N, the number of examples that the running statistics count as at
-        inference: a number, or an array with the shape of the features. None ignores
-        the batch; 0 is prediction-time batch norm. The state does not change.
-        `jaxbn.population.adapt` makes such statistics for a whole data set.
+      pseudo_samples: N: at inference, the running statistics count as this many
+        examples. A number, or an array with the shape of the features. None ignores the
+        batch; 0 normalizes by the batch alone (prediction-time batch norm). The state
+        does not change. To adapt the statistics to a whole data set instead, use
+        `jaxbn.population.adapt`.
       axis_name: Name or names of mapped axes to compute statistics over.
       axis_index_groups: Groups of indices of that axis, each with its own statistics.
       dtype: The output's dtype, by default the dtype of `x`.
@@ -82,21 +85,21 @@ def standard(
       stats_dtype: The dtype of the running mean; complex for complex input.
       derivatives: "vjp" or "jvp", as for `batch_norm`.
       implementation: How the sums of a batch are computed, as for `moments`.
-      skip_nonfinite: Whether one bad batch leaves the running statistics alone, as for
-        `update`: features whose batch mean or variance is infinite or NaN then have
-        weight 0 in the moments that `forward` returns in training. The output of the
-        layer does not change.
+      skip_nonfinite: Whether features whose batch mean or variance is infinite or NaN
+        keep their running statistics, as for `update`. In training, the moments that
+        `forward` returns then have count 0 for these features. The output of the layer
+        does not change.
 
     Returns:
-      A `Layer`. Its state is a `RunningStats`. Its `weights` are as for `moments`, and
-      affect training and any moments computed at inference.
+      A `Layer`. Its state is a `RunningStats`. `weights` are as for `moments`; they
+      affect training, and any moments computed at inference.
 
     Raises:
       ValueError: `example_weight` is not from 0 to 1, `pseudo_samples` is negative, or
         both are given.
       TypeError: In `apply`: `training` is not a Python bool, or as for `batch_norm`.
       ValueError: In `apply`: the names in `params` do not match the options,
-        `example_weight` or `pseudo_samples` is an array with another shape, or as for
+        `example_weight` or `pseudo_samples` is an array of another shape, or as for
         `batch_norm` and `update`.
 
     Example:

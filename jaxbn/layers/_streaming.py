@@ -1,4 +1,4 @@
-"""Batch norm by running statistics, even in training."""
+"""Batch norm by running statistics, in training too."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,27 +35,27 @@ def streaming(
     implementation: str | None = None,
     skip_nonfinite: bool = False,
 ) -> Layer:
-    """Batch norm by running statistics even in training, for the smallest batches.
+    """Batch norm by running statistics, in training too, for the smallest batches.
 
     The state is the mean and variance of all data so far, including the current batch,
-    with less weight on older batches. With the momentum k of this step, and the batch's
-    mean μ_B and variance var_B:
+    with less weight on older batches. If k is the momentum of this step, and the batch
+    has mean μ_B and variance var_B:
 
         mean ← k·mean + (1 − k)·μ_B
         var  ← k·var + (1 − k)·var_B + k·(1 − k)·|μ_B − mean|²
-        y = (x − mean) / √(var + epsilon) · scale + bias        in training and after
+        y = (x − mean) / √(var + epsilon) · scale + bias    in training and at inference
 
-    The last term of var is the variance between batches; without it, a batch of one
-    example would have none. The average is debiased: from the first step on, batch
-    t − j has the weight momentumʲ / Σ momentumʲ, and the initial 0 and 1 have none. The
-    gradient passes through the batch's part of mean and var. All features share one
-    step count: if weights leave a feature out of the first steps, its average includes
-    the initial values. Differentiable in every mode, to every order.
+    The last term of var is the variance between batches, without which batches of one
+    example would have no variance. The average is debiased: from the first step on,
+    batch t − j has the weight momentumʲ / Σ momentumʲ, and the initial 0 and 1 have
+    none. Gradients pass through the batch's part of mean and var. All features share
+    one step count: if weights leave a feature out of the first steps, its average
+    includes the initial values. Differentiable in every mode, to every order.
 
     Args:
       feature_axes: As for `standard`, like all options below except `momentum`.
       momentum: The weight of the old statistics: a number, which is debiased, or a
-        function of the step, used unchanged: `cumulative()` weighs all batches equally.
+        function of the step, which is not. `cumulative()` weighs all batches equally.
       epsilon: Added to the variance.
       use_scale: Whether `params` has a factor "scale".
       use_bias: Whether `params` has an offset "bias".
