@@ -44,13 +44,14 @@ class Adapter(nn.Module):
         *,
         mask: ArrayLike | None = None,
     ) -> jax.Array:
-        """Normalizes `x`, and in training updates `batch_stats`, which must be mutable.
+        """Normalizes `x`. In training, updates `batch_stats`, which must be mutable.
 
         Args:
           x: The input.
-          use_running_average: Inference if True, training if False; here or as a field.
-          mask: Boolean mask or non-negative weights that broadcast against `x`: the
-            positions that the statistics use.
+          use_running_average: True for inference, False for training; given here or as
+            a field.
+          mask: Boolean mask or non-negative weights that broadcast against `x`. Where
+            it is False or 0, values do not count in the statistics.
 
         Returns:
           An array with the shape of `x`.
@@ -140,8 +141,8 @@ class Adapter(nn.Module):
         """How the moments of this call are used.
 
         "plain": only for a step of the statistics, in training. "record": they are also
-        recorded. "measure": they are only recorded. "window": the statistics take the
-        step of the current window again, now with this micro-batch.
+        recorded. "measure": they are only recorded. "window": the step of the current
+        window is taken again, now including this micro-batch.
 
         Flax's batch norm makes no `batch_moments` when all collections are mutable, so
         they must already exist, or be requested by name.
@@ -215,10 +216,11 @@ class Variant(Adapter):
     """The fields of every variant, as in `flax.linen.BatchNorm`.
 
     Attributes:
-      use_running_average: Inference if True, training if False; here or in the call.
+      use_running_average: True for inference, False for training; given here or in the
+        call.
       axis: The feature axis or axes of the input.
       momentum: Weight of the old statistics: a number, an array, or a function of the
-        number of updates; for a function, `batch_stats` has a leaf `step`.
+        number of updates. With a function, `batch_stats` also has a `step`.
       epsilon: Added to the variance.
       dtype: The output's dtype; by default promoted from input and parameters.
       param_dtype: The dtype of the parameters.

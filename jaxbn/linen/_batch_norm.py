@@ -15,17 +15,17 @@ from jaxbn.linen._adapter import Adapter
 class BatchNorm(Adapter, nn.BatchNorm):
     """`flax.linen.BatchNorm` with exact statistics and hand-written derivatives.
 
-    A drop-in replacement for Flax's class: same fields and defaults, same collections
-    (`params`: scale, bias; `batch_stats`: mean, var), names, shapes, initial values and
-    output dtype. It computes the same as `jaxbn.layers.standard`.
+    A drop-in replacement for Flax's class, with the same fields and defaults,
+    collections (`params`: scale, bias; `batch_stats`: mean, var), names, shapes,
+    initial values and output dtype. It computes the same as `jaxbn.layers.standard`.
 
         training:   y, m = batch_norm(x, scale, bias);  batch_stats = update(..., m)
         inference:  y = normalize(x, mean, var, scale, bias)
 
-    If `mutable` names the collection `batch_moments` (`mutable=True` does not), it
-    records the moments of its input, in training and at inference: the moments that
-    update the statistics, or, if `batch_stats` is not mutable, exact moments in two
-    passes. See `jaxbn.linen.moments_fn`.
+    If `mutable` names the collection `batch_moments` (`mutable=True` does not), the
+    layer records the moments of its input there, in training and at inference. These
+    are the moments that update the statistics; or, if `batch_stats` is not mutable,
+    exact moments, computed in two passes. See `jaxbn.linen.moments_fn`.
 
     Differences from Flax: statistics over devices weigh every example equally, even
     with masks; a mask may be float weights; NaN under the mask and an empty mask do no
@@ -34,18 +34,18 @@ class BatchNorm(Adapter, nn.BatchNorm):
     device.
 
     Attributes:
-      use_fast_variance: The shift of the sums. "sample" takes it from the batch, which
-        is exact from the first step, and needs one small all-reduce more on a batch
-        that is split over devices. "running_mean" is the more exact the nearer it is.
-        True (Flax's default) chooses "sample" in programs for one CPU or GPU without
-        `axis_name`, else "running_mean". All of them read `x` once; False takes two
-        passes.
+      use_fast_variance: The shift of the sums, as for `jaxbn.moments`. "sample" is
+        exact from the first step, but takes one more small all-reduce if the batch is
+        split over devices. "running_mean" is more exact the nearer that mean is to the
+        mean of the batch. True (Flax's default) chooses "sample" in programs for one
+        CPU or GPU without `axis_name`, and "running_mean" otherwise. False takes two
+        passes over `x`, the others one ("sample" takes two over a small batch).
       force_float32_reductions: False gives the running statistics the dtype
-        `param_dtype`, in which small steps are lost if it is narrow. Sums are still
+        `param_dtype`. If that is narrow, small steps are lost. Sums are still
         accumulated in float32 or wider.
-      momentum: Weight of the old statistics. May also be a function of the number of
-        updates (`jaxbn.debiased(0.99)`, an optax schedule); then `batch_stats` has a
-        third leaf, `step`.
+      momentum: Weight of the old statistics. It can also be a function of the number of
+        updates (`jaxbn.debiased(0.99)`, an optax schedule); `batch_stats` then also has
+        a `step`.
       unbiased: Whether to track the variance times n/(n − 1).
       derivatives: "vjp" or "jvp", as for `jaxbn.batch_norm`.
       implementation: How the sums of a batch are computed, as for `jaxbn.moments`:
@@ -53,16 +53,17 @@ class BatchNorm(Adapter, nn.BatchNorm):
       skip_nonfinite: Whether features whose batch mean or variance is infinite or NaN
         keep their running statistics. Without it, one such batch makes them NaN for
         good.
-      example_weight: Weight of an example's own moments at inference, a number or one
-        per feature, as for `jaxbn.layers.standard`.
-      pseudo_samples: The number of examples that the running statistics count as at
-        inference, relative to the batch; None ignores the batch. A number or one per
-        feature, as for `jaxbn.layers.standard`.
-      accumulate: Whether several micro-batches make a single step of the statistics,
-        the same as for all of them in one batch, until `jaxbn.linen.end_accumulation`.
-        If a layer is called twice in a pass, both inputs count as one batch. The
-        collection `batch_moments` holds the window's pooled moments and the statistics
-        at its start. It must be passed along, and be mutable in training.
+      example_weight: Weight of each example's own moments at inference: a number, or
+        one per feature, as for `jaxbn.layers.standard`.
+      pseudo_samples: At inference, the running statistics count as this many examples,
+        relative to the batch; None ignores the batch. A number, or one per feature, as
+        for `jaxbn.layers.standard`.
+      accumulate: Whether several micro-batches, called a window, make a single step of
+        the statistics, the same as for all of them in one batch. The window is closed
+        by `jaxbn.linen.end_accumulation`. If a layer is called twice in a pass, both
+        inputs count as one batch. The collection `batch_moments` holds the pooled
+        moments of the window and the statistics at its start. Pass it to every call,
+        and make it mutable in training.
       (others): As in `flax.linen.BatchNorm`.
 
     Raises:

@@ -26,15 +26,15 @@ NOT_OURS = (
 
 
 def running_stats(variables: Variables) -> dict[str, RunningStats]:
-    """The running statistics of every batch norm in a model.
+    """Reads the running statistics of every batch norm in a model.
 
     Args:
       variables: The variables of a model, with the collection `batch_stats`.
 
     Returns:
       A dict from the path of a layer, such as "Block_0/BatchNorm_1", to its
-      `RunningStats`. For `BatchRenorm`, `var` is the square of its `std`; `step` is 0
-      if the layer does not keep one.
+      `RunningStats`. For `BatchRenorm`, `var` is the square of its `std`. `step` is 0
+      if the layer does not keep it.
 
     Raises:
       ValueError: The variables have no statistics.
@@ -62,13 +62,13 @@ def load_stats(variables: Variables, stats: Mapping[str, RunningStats]) -> dict:
         by `recalibrate`, `adapt` and `running_stats`.
 
     Returns:
-      New variables with the structure and dtypes of the old ones. A layer's `step`
-      never goes back, so schedules continue; windows of `accumulate` are closed.
+      New variables with the structure and dtypes of the old ones. The `step` of a layer
+      never goes back, so schedules continue. Windows of `accumulate` are closed.
 
     Raises:
       TypeError: A value is not a `RunningStats`.
-      ValueError: Layers are missing, unknown, or have different features, or the
-        variables have no statistics.
+      ValueError: Layers are missing, unknown, or have other features, or the variables
+        have no statistics.
 
     Example:
       >>> import jax, jaxbn, jax.numpy as jnp
@@ -102,25 +102,25 @@ def moments_fn(
     """Makes a function that measures the input moments of every batch norm in a model.
 
     It runs `model.apply(variables, batch, mutable=["batch_moments"], **call)`, and does
-    not change the variables. In training, layers normalize by the batch, as needed for
-    Precise BN and AdaBN; at inference, by the running statistics, as needed for
-    `drift`. The arguments in `call` choose between the two.
+    not change the variables. The arguments in `call` choose between training and
+    inference. In training, layers normalize by the batch, as needed for Precise BN and
+    AdaBN; at inference, by the running statistics, as needed for `drift`.
 
     Args:
       model: A model with batch norms of `jaxbn.linen`.
       variables: Its variables, with `batch_stats`.
-      **call: Further arguments of `model.apply`: `training=True`, or the model's own
-        name for it; `rngs`, a key or a dict of keys: call number i, counted from 0,
-        uses `jax.random.fold_in(key, i)` of each, so every batch gets a new dropout
-        mask (calls inside a function that JAX traces do not count); `method`, a
-        function of the module and the batch, if a batch is not the model's first
-        argument: `lambda net, b: net(b["image"])`. Arrays may be traced; other values
-        are static.
+      **call: Further arguments of `model.apply`, such as `training=True`, or the
+        model's own name for it. `rngs` is a key or a dict of keys: call number i,
+        counted from 0, uses `jax.random.fold_in(key, i)` of each, so every batch gets a
+        new dropout mask. (Calls inside a function that JAX traces do not count.)
+        `method` is a function of the module and the batch, for models whose first
+        argument is not a batch: `lambda net, b: net(b["image"])`. Arrays may be traced;
+        other values are static.
 
     Returns:
-      `f(batch)`, compiled, that returns a dict from the path of a layer to its exact
-      `Moments`, computed in two passes. A layer that is called several times has the
-      moments of all its inputs together; a layer that is not called has count 0.
+      `f(batch)`, compiled, which returns a dict from the path of a layer to its exact
+      `Moments`, computed in two passes. If a layer is called several times, these are
+      the moments of all its inputs together; if it is not called, their count is 0.
 
     Raises:
       ValueError: The variables have no statistics. In the call: no layer recorded
@@ -181,10 +181,11 @@ def _measure(
 
 
 def end_accumulation(variables: Variables) -> dict:
-    """Closes the windows of all layers with `accumulate`, when the step is done.
+    """Closes the windows of all layers with `accumulate`, at the end of a step.
 
-    The next window starts from the statistics of this one, which are the same as for
-    all its micro-batches in one batch.
+    A window is the micro-batches of one step. The next window starts from the
+    statistics of this one, which are the same as for all its micro-batches in one
+    batch.
 
     Args:
       variables: The variables of a model, or the part returned by `apply`, with the

@@ -23,20 +23,21 @@ _overrides = _compat.user_context(None)
 
 
 def replacing(**overrides: Any) -> "Context":
-    """A context in which every `flax.linen.BatchNorm` computes like jaxbn's.
+    """Makes a context in which every `flax.linen.BatchNorm` computes like jaxbn's.
 
-    The model keeps its paths, variables and initial values; third-party models work
-    too. It applies to `init` and `apply`, under Flax's and JAX's transforms, and only
-    while they trace: a function that `jax.jit` has traced outside is retraced inside,
-    and vice versa. Enter other interceptors of `nn.intercept_methods` before it;
-    interceptors entered inside do not see the calls of batch norms.
+    The model keeps its paths, variables and initial values, and third-party models work
+    too. The context applies to `init` and `apply`, under the transforms of Flax and
+    JAX, but only while they are traced: a function that `jax.jit` has traced outside is
+    traced again inside, and vice versa. Enter other interceptors of
+    `nn.intercept_methods` before this context, because interceptors entered inside do
+    not see the calls of batch norms.
 
     Args:
       **overrides: Fields of `jaxbn.linen.BatchNorm` that take precedence over the
         fields of the model's layers: `axis_name="data"`, `use_fast_variance=False`.
         They must be hashable. They also apply to layers that already are
-        `jaxbn.linen.BatchNorm`, but not to jaxbn's other layers. In nested contexts
-        both apply, and the inner one takes precedence.
+        `jaxbn.linen.BatchNorm`, but not to jaxbn's other layers. In nested contexts,
+        the fields of both apply, and the inner ones take precedence.
 
     Returns:
       A context manager.
@@ -64,19 +65,20 @@ def replacing(**overrides: Any) -> "Context":
 
 
 def replace_batch_norm(module: nn.Module, **overrides: Any) -> nn.Module:
-    """A model in which every `flax.linen.BatchNorm` computes like jaxbn's.
+    """Wraps a model so that every `flax.linen.BatchNorm` computes like jaxbn's.
 
-    It wraps a model and calls it inside `replacing`, so no other code needs to change:
+    The wrapper calls the model inside `replacing`, so no other code needs to change,
     neither initialization nor `jit` nor calls.
 
     Args:
       module: A model, made outside or inside another module, but not returned by
-        `bind`. A submodule that is also used outside of it is a separate module there.
+        `bind`. If a submodule is also used outside of the model, it is a separate
+        module there.
       **overrides: As for `replacing`.
 
     Returns:
-      A module with the call, the methods and the fields of `module`, and with variables
-      at the same paths, so it takes the same checkpoints. Methods can be called by name
+      A module with the call, methods and fields of `module`, and with variables at the
+      same paths, so it takes the same checkpoints. Its methods can be called by name
       (`apply(..., method="encode")`), on the module itself, or through the class.
 
     Raises:

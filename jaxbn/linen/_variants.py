@@ -24,7 +24,8 @@ class GhostBatchNorm(Variant):
       group_size: The number of examples per group. Give this or `num_groups`.
       num_groups: The number of groups that the batch, over all devices, is split into.
       strided: Whether to alternate between groups, instead of grouping neighbors.
-      update_per_group: Whether to update with each group in turn, not with all pooled.
+      update_per_group: Whether to update the statistics with each group in turn,
+        instead of once with all groups pooled.
       use_fast_variance: As for `jaxbn.layers.standard`.
       unbiased: Whether to track the variance times n/(n − 1).
       derivatives: "vjp" or "jvp", as for `jaxbn.batch_norm`.
@@ -67,14 +68,14 @@ class BatchRenorm(Variant):
     and "step" if `momentum`, `r_max` or `d_max` is a function of it.
 
     Attributes:
-      r_max: The largest factor between the batch's standard deviation and the running
-        one, at least 1; or a function of the step.
-      d_max: The largest distance of the means in standard deviations; or a function of
-        the step.
-      tracks: "std" for an average of standard deviations, "var" of variances: the
-        statistics are then `mean`, `var` and `step`.
-      warm_up_steps: Up to this number of updates it is batch norm. Then there is a
-        `step`, too.
+      r_max: The largest ratio between the standard deviation of the batch and the
+        running one, in either direction; at least 1. Or a function of the step.
+      d_max: The largest distance between the two means, in running standard deviations.
+        Or a function of the step.
+      tracks: "std" for an average of standard deviations, or "var" for an average of
+        variances. With "var", the statistics are `mean`, `var` and `step`.
+      warm_up_steps: For this number of updates, the layer is batch norm. If it is above
+        0, the statistics include `step`.
       use_fast_variance: As for `jaxbn.layers.standard`.
       axis_index_groups: Groups of indices of `axis_name`.
       derivatives: "vjp" or "jvp", as for `jaxbn.batch_norm`.
@@ -118,7 +119,7 @@ class DomainBatchNorm(Variant):
     Attributes:
       num_domains: The number of domains.
       shared_affine: Whether the domains share scale and bias.
-      use_fast_variance: True and "running_mean" pass each domain's running mean as
+      use_fast_variance: True and "running_mean" use each domain's running mean as the
         `shift`; False and "sample" take two passes.
       unbiased: Whether to track the variance times n/(n − 1).
       (others): As in `flax.linen.BatchNorm`.
@@ -149,7 +150,7 @@ class DomainBatchNorm(Variant):
         domain_ids: ArrayLike,
         mask: ArrayLike | None = None,
     ) -> jax.Array:
-        """Normalizes `x`; `domain_ids` are integers, one per example or one for all."""
+        """Normalizes `x`. `domain_ids` are integers, one per example or one for all."""
         return self._run(x, use_running_average, mask, domain_ids=domain_ids)
 
     @nn.nowrap
@@ -158,7 +159,7 @@ class DomainBatchNorm(Variant):
 
 
 class ConditionalBatchNorm(Variant):
-    """Conditional batch norm: scale and bias that depend on the example.
+    """Conditional batch norm: an example's class or embedding sets its scale and bias.
 
     It computes the same as `jaxbn.layers.conditional`.
 
@@ -199,7 +200,7 @@ class ConditionalBatchNorm(Variant):
         condition: ArrayLike,
         mask: ArrayLike | None = None,
     ) -> jax.Array:
-        """Normalizes `x`; `condition` is a class or an embedding per example."""
+        """Normalizes `x`. `condition` is a class or an embedding for each example."""
         return self._run(x, use_running_average, mask, condition=condition)
 
     @nn.nowrap
@@ -208,7 +209,7 @@ class ConditionalBatchNorm(Variant):
 
 
 class StreamingBatchNorm(Variant):
-    """Batch norm by running statistics even in training, for the smallest batches.
+    """Batch norm by running statistics, in training too, for the smallest batches.
 
     It computes the same as `jaxbn.layers.streaming`. `batch_stats` always has a `step`.
 

@@ -54,10 +54,10 @@ class Common(TypedDict, total=False):
 
 
 class BatchMoments(nnx.BatchStat):
-    """Moments of batches, and the other arrays of a window of micro-batches.
+    """Variable for recorded moments, and for a window of micro-batches.
 
-    The arrays of `layer.batch_moments`: mean, var and count of the data since the
-    window was opened, and the statistics at its start.
+    With `accumulate`, `layer.batch_moments` holds mean, var and count of the data since
+    the window was opened, and the statistics at its start.
 
     Example:
       >>> import jaxbn
@@ -116,14 +116,14 @@ class Adapter(nnx.Module):
         *,
         mask: ArrayLike | None = None,
     ) -> jax.Array:
-        """Normalizes `x`, and in training updates the statistics.
+        """Normalizes `x`. In training, updates the statistics.
 
         Args:
           x: The input.
-          use_running_average: Inference if True, training if False; takes precedence
+          use_running_average: True for inference, False for training. Takes precedence
             over the constructor, `train()` and `eval()`.
-          mask: Boolean mask or non-negative weights that broadcast against `x`: the
-            positions that the statistics use.
+          mask: Boolean mask or non-negative weights that broadcast against `x`. Where
+            it is False or 0, values do not count in the statistics.
 
         Returns:
           An array with the shape of `x`.
@@ -211,12 +211,12 @@ class Adapter(nnx.Module):
 class Variant(Adapter):
     """The arguments of every variant, as in `flax.nnx.BatchNorm`.
 
-    Variables are `nnx.Param` (scale, bias) and `nnx.BatchStat` (mean, var, and step if
-    an option is a function of it).
+    Variables are `nnx.Param` (scale, bias) and `nnx.BatchStat` (mean, var, and `step`
+    if an option is a function of it).
 
     Args:
       num_features: The number of features; a tuple if `axis` is one.
-      use_running_average: Inference if True, training if False.
+      use_running_average: True for inference, False for training.
       axis: The feature axis or axes of the input.
       momentum: Weight of the old statistics: a number, an array, or a function of the
         number of updates.

@@ -22,9 +22,9 @@ from jaxbn.nnx._adapter import COMPLEX, Adapter, stats_dtype
 class BatchNorm(Adapter, nnx.BatchNorm):
     """`flax.nnx.BatchNorm` with exact statistics and hand-written derivatives.
 
-    A drop-in replacement for Flax's class: same arguments and defaults, same variables
-    (`nnx.Param`: scale, bias; `nnx.BatchStat`: mean, var), initial values and output
-    dtype. It computes the same as `jaxbn.layers.standard`.
+    A drop-in replacement for Flax's class, with the same arguments and defaults,
+    variables (`nnx.Param`: scale, bias; `nnx.BatchStat`: mean, var), initial values and
+    output dtype. It computes the same as `jaxbn.layers.standard`.
 
         training:   y, m = batch_norm(x, scale, bias);  mean, var = update(..., m)
         inference:  y = normalize(x, mean, var, scale, bias)
@@ -36,18 +36,18 @@ class BatchNorm(Adapter, nnx.BatchNorm):
     must be the same on every device.
 
     Args:
-      num_features: The number of features; if `axis` is a tuple, a tuple of the lengths
+      num_features: The number of features. If `axis` is a tuple, a tuple of the lengths
         of these axes in ascending order.
       axis: The feature axis or axes of the input.
-      momentum: Weight of the old statistics. May also be a function of the number of
-        updates (`jaxbn.debiased(0.99)`, an optax schedule); then there is a further
+      momentum: Weight of the old statistics. It can also be a function of the number of
+        updates (`jaxbn.debiased(0.99)`, an optax schedule); the layer then has one more
         `nnx.BatchStat`, `step`.
-      use_fast_variance: The shift of the sums. "sample" takes it from the batch, which
-        is exact from the first step, and needs one small all-reduce more on a batch
-        that is split over devices. "running_mean" is the more exact the nearer it is.
-        True (Flax's default) chooses "sample" in programs for one CPU or GPU without
-        `axis_name`, else "running_mean". All of them read `x` once; False takes two
-        passes.
+      use_fast_variance: The shift of the sums, as for `jaxbn.moments`. "sample" is
+        exact from the first step, but takes one more small all-reduce if the batch is
+        split over devices. "running_mean" is more exact the nearer that mean is to the
+        mean of the batch. True (Flax's default) chooses "sample" in programs for one
+        CPU or GPU without `axis_name`, and "running_mean" otherwise. False takes two
+        passes over `x`, the others one ("sample" takes two over a small batch).
       param_dtype: The dtype of scale and bias. If complex, the running mean is too.
       promote_dtype: Called with `(x, mean, var, scale, bias)` and `dtype`, as in Flax;
         the mean and var that it returns are not used.
@@ -58,23 +58,24 @@ class BatchNorm(Adapter, nnx.BatchNorm):
       skip_nonfinite: Whether features whose batch mean or variance is infinite or NaN
         keep their running statistics. Without it, one such batch makes them NaN for
         good.
-      example_weight: Weight of an example's own moments at inference, a number or one
-        per feature, as for `jaxbn.layers.standard`.
-      pseudo_samples: The number of examples that the running statistics count as at
-        inference, relative to the batch; None ignores the batch. A number or one per
-        feature, as for `jaxbn.layers.standard`.
-      accumulate: Whether several micro-batches make a single step of the statistics,
-        the same as for all of them in one batch, until `jaxbn.nnx.end_accumulation`. If
-        a layer is called twice in a pass, both inputs count as one batch. The variables
-        `batch_moments`, of type `BatchMoments`, a kind of `nnx.BatchStat`, hold the
-        window's pooled moments and the statistics at its start.
+      example_weight: Weight of each example's own moments at inference: a number, or
+        one per feature, as for `jaxbn.layers.standard`.
+      pseudo_samples: At inference, the running statistics count as this many examples,
+        relative to the batch; None ignores the batch. A number, or one per feature, as
+        for `jaxbn.layers.standard`.
+      accumulate: Whether several micro-batches, called a window, make a single step of
+        the statistics, the same as for all of them in one batch. The window is closed
+        by `jaxbn.nnx.end_accumulation`. If a layer is called twice in a pass, both
+        inputs count as one batch. The variables `batch_moments`, of type `BatchMoments`
+        (a kind of `nnx.BatchStat`), hold the pooled moments of the window and the
+        statistics at its start.
       (others): As in `flax.nnx.BatchNorm`.
 
     Raises:
       TypeError: `num_features` are not integers. In a call: `x` is complex and the
         running mean is not.
-      ValueError: In a call: `use_running_average` is None both times, the features of
-        `x` do not match `num_features`, or as for `jaxbn.batch_norm`.
+      ValueError: In a call: `use_running_average` is given neither here nor before, the
+        features of `x` do not match `num_features`, or as for `jaxbn.batch_norm`.
 
     Example:
       >>> import jaxbn, jax.numpy as jnp

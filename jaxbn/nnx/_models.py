@@ -14,15 +14,15 @@ from jaxbn.nnx._adapter import Adapter, arrays, recorder, statistics
 
 
 def running_stats(model: nnx.Module) -> dict[str, RunningStats]:
-    """The running statistics of every batch norm in a model.
+    """Reads the running statistics of every batch norm in a model.
 
     Args:
       model: A model with batch norms of `jaxbn.nnx`, or such a batch norm itself.
 
     Returns:
       A dict from the path of a layer, such as "blocks/0/norm", to its `RunningStats`.
-      For `BatchRenorm`, `var` is the square of its `std`; `step` is 0 if the layer does
-      not keep one.
+      For `BatchRenorm`, `var` is the square of its `std`. `step` is 0 if the layer does
+      not keep it.
 
     Raises:
       ValueError: There is no such layer.
@@ -53,13 +53,13 @@ def load_stats(model: nnx.Module, stats: Mapping[str, RunningStats]) -> None:
         by `recalibrate`, `adapt` and `running_stats`.
 
     Returns:
-      Nothing. Variables keep their dtypes. A layer's `step` never goes back, so
-      schedules continue; windows of `accumulate` are closed.
+      Nothing. Variables keep their dtypes. The `step` of a layer never goes back, so
+      schedules continue. Windows of `accumulate` are closed.
 
     Raises:
       TypeError: A value is not a `RunningStats`.
-      ValueError: Layers are missing, unknown, or have different features, or the model
-        has none.
+      ValueError: Layers are missing, unknown, or have other features, or the model has
+        no batch norm.
 
     Example:
       >>> import jaxbn, jax.numpy as jnp
@@ -97,26 +97,27 @@ def moments_fn(
 ) -> Callable[[Any], dict[str, Moments]]:
     """Makes a function that measures the input moments of every batch norm in a model.
 
-    It runs `model(batch, **call)` on a copy, and does not change the model. The copy's
-    random streams advance from call to call, like the model's would, so every batch
-    gets a new dropout mask. Inside a function that JAX traces (`jax.jit`,
-    `jax.lax.scan`) they do not advance.
+    It runs `model(batch, **call)` on a copy, and does not change the model. The random
+    streams of the copy advance from call to call, as the model's would, so every batch
+    gets a new dropout mask. They do not advance inside a function that JAX traces
+    (`jax.jit`, `jax.lax.scan`).
 
     Args:
       model: A model with batch norms of `jaxbn.nnx`. The function keeps its current
         variables.
       training: True normalizes by the batch, as needed for Precise BN and AdaBN; False
-        by the running statistics, as needed for `drift`. This overrides the arguments
-        that the model passes to its batch norms, and affects only batch norms.
-      method: If given, `method(model, batch, **call)` is run instead, for models whose
-        first argument is not a batch: `lambda model, b: model(b["image"])`.
+        by the running statistics, as needed for `drift`. It overrides what the model
+        passes to its batch norms, and does not affect other layers.
+      method: If given, the function calls `method(model, batch, **call)` instead, for
+        models whose first argument is not a batch:
+        `lambda model, b: model(b["image"])`.
       **call: Further arguments of the model. Arrays may be traced; other values are
         static.
 
     Returns:
-      `f(batch)`, compiled, that returns a dict from the path of a layer to its exact
-      `Moments`, computed in two passes. A layer that is called several times has the
-      moments of all its inputs together; a layer that is not called has count 0.
+      `f(batch)`, compiled, which returns a dict from the path of a layer to its exact
+      `Moments`, computed in two passes. If a layer is called several times, these are
+      the moments of all its inputs together; if it is not called, their count is 0.
 
     Raises:
       ValueError: The model has no batch norm of `jaxbn.nnx`.
@@ -180,10 +181,11 @@ def _streams_of(model: nnx.Module, call: dict[str, Any]) -> list[nnx.RngState]:
 
 
 def end_accumulation(model: nnx.Module) -> None:
-    """Closes the windows of all layers with `accumulate`, when the step is done.
+    """Closes the windows of all layers with `accumulate`, at the end of a step.
 
-    The next window starts from the statistics of this one, which are the same as for
-    all its micro-batches in one batch.
+    A window is the micro-batches of one step. The next window starts from the
+    statistics of this one, which are the same as for all its micro-batches in one
+    batch.
 
     Args:
       model: A model with batch norms that have `accumulate=True`; its variables are

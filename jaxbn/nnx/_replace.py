@@ -27,30 +27,31 @@ _in_force: WeakKeyDictionary[Any, list[object]] = WeakKeyDictionary()
 def replace_batch_norm(model: nnx.Module, **overrides: Any) -> "Replacement":
     """Turns every `flax.nnx.BatchNorm` of a model into jaxbn's, in place.
 
-    A plain call lasts; a context manager undoes it at the end. The layers remain the
-    same objects with the same variables, and shared layers remain shared, so optimizers
-    and other references to them stay valid. Attributes changed in the meantime, for
-    example by `train()` and `eval()`, keep their values after undoing. Not for use
-    inside `nnx.jit`, which does not let nodes change their class.
+    The replacement lasts until `undo()`, or until the end of a `with` statement. The
+    layers remain the same objects with the same variables, and shared layers remain
+    shared, so optimizers and other references to them stay valid. Attributes that
+    change in the meantime, for example by `train()` and `eval()`, keep their values
+    after undoing. Do not use it inside `nnx.jit`, which does not let nodes change their
+    class.
 
     Args:
       model: An nnx module.
-      **overrides: Arguments of `jaxbn.nnx.BatchNorm` that take precedence over the
-        arguments of the model's layers: `axis_name="data"`, `use_fast_variance=False`.
-        They also apply to layers that already are `jaxbn.nnx.BatchNorm`, but not to
-        jaxbn's other layers. A `momentum` that is a function of the step needs layers
-        that have a `step`.
+      **overrides: Arguments of `jaxbn.nnx.BatchNorm` that take precedence over those of
+        the model's layers: `axis_name="data"`, `use_fast_variance=False`. They also
+        apply to layers that already are `jaxbn.nnx.BatchNorm`, but not to jaxbn's other
+        layers. A `momentum` that is a function of the step needs layers that have a
+        `step`.
 
     Returns:
-      A context manager that returns the model, and undoes the replacement at its end,
-      or with its method `undo()`.
+      A context manager that returns the model. It undoes the replacement at its end, or
+      when its method `undo()` is called.
 
     Raises:
-      TypeError: `overrides` has an entry that is not an argument, or that a layer
-        cannot change after it was made; a layer belongs to an unknown subclass of
-        Flax's, which may compute something else.
-      ValueError: The model has no batch norm; `momentum` is a function of the step, and
-        a layer has no `step`.
+      TypeError: `overrides` has an entry that is not an argument, or that cannot change
+        after a layer was made; or a layer belongs to an unknown subclass of Flax's,
+        which may compute something else.
+      ValueError: The model has no batch norm, or `momentum` is a function of the step
+        and a layer has no `step`.
       RuntimeError: In `undo()`: a later replacement of a layer is still in force.
 
     Example:
