@@ -36,24 +36,26 @@ def adapt(
 ) -> Any:
     """Adapts running statistics to the domain in which `moments` were measured.
 
-        mean = N/(N + n)·stats.mean + n/(N + n)·moments.mean        var alike
+        mean = N/(N + n)·stats.mean + n/(N + n)·moments.mean        likewise for var
 
-    with n samples of the new domain; the old statistics count as N samples. With a
-    `weight` a, the result is the statistics of a mixture of both domains:
+    where n is the number of samples of the new domain, and the old statistics count as
+    N samples. With a `weight` a, the result is the statistics of a mixture of both
+    domains:
 
         mean = (1 − a)·stats.mean + a·moments.mean
         var  = (1 − a)·stats.var + a·moments.var + a·(1 − a)·|difference of means|²
 
     - AdaBN: N = 0, `moments` collected over the unlabeled data of the new domain.
     - Prediction-time batch norm: N = 0, `moments` of the batch to predict.
-    - The mix: N above 0, `moments` of a small batch, or of one image.
+    - Mixed statistics: N above 0, `moments` of a small batch, or of one image.
     - TTN: a `weight` for each feature, large where the domains differ.
 
-    Only statistics change: no labels and no gradients are needed. A layer's moments
-    depend on how the layers before it are normalized: in training mode, by the new
-    domain alone, which is right for N = 0. For other N, build the model with
-    `pseudo_samples=N` (as in `jaxbn.layers.standard`), which mixes layer by layer: its
-    inference needs no `adapt`, and moments measured in it are the right ones here.
+    Only statistics change, so no labels and no gradients are needed. The moments of a
+    layer depend on how the layers before it normalize. In training mode, they normalize
+    by the new domain alone, which is right for N = 0. For other N, build the model with
+    `pseudo_samples=N` (see `jaxbn.layers.standard`), which mixes layer by layer. At
+    inference, such a model needs no `adapt`; to use `adapt` all the same, measure
+    `moments` with it.
 
     Args:
       stats: A tree of the layers' old states: `RunningStats`, as from
@@ -61,22 +63,22 @@ def adapt(
         whose std is treated as √var. Layers may be stacked, as by `jax.vmap`.
       moments: A tree of `Moments` of the same layers, from `moments_fn`, `collect`, or
         the layers' `forward`.
-      pseudo_samples: N, 0 or more; if infinite, the statistics do not change.
-      samples: n, the number of examples in `moments`. Needed if N is not 0: a
-        convolution's moments count positions, not examples.
-      weight: a, the weight of `moments` from 0 to 1: a number, an array with the shape
-        of the features (if all layers have as many), or a tree like `stats` with one of
-        these for each layer. Give this, or `pseudo_samples` and `samples`.
+      pseudo_samples: N, at least 0. If infinite, the statistics do not change.
+      samples: n, the number of examples in `moments`, which is needed if N is not 0.
+        (The moments of a convolution count positions, not examples.)
+      weight: a, the weight of `moments`, from 0 to 1: a number, an array with the shape
+        of the features (if it is the same in all layers), or a tree like `stats` with
+        one of these for each layer. Give this, or `pseudo_samples` and `samples`.
 
     Returns:
-      A tree like `stats`, with the same kinds, shapes and dtypes. Entries without
-      weight in `moments` keep their values.
+      A tree like `stats`, with the same types, shapes and dtypes. Features without
+      weight in `moments` keep their statistics.
 
     Raises:
-      TypeError: A tree has other leaves, or moments are complex and `stats` real.
-      ValueError: The trees have different layers or features, `pseudo_samples` or
-        `samples` is negative, `samples` is needed, or `weight` is not from 0 to 1, does
-        not fit the features, or is given together with one of the two.
+      TypeError: A tree has other leaves, or moments are complex and `stats` is real.
+      ValueError: The trees have different layers or features; `pseudo_samples` or
+        `samples` is negative; `samples` is needed; or `weight` is not from 0 to 1, does
+        not fit the features, or is given together with one of the other two.
 
     Example:
       >>> import jaxbn, jax.numpy as jnp
@@ -94,8 +96,8 @@ def adapt(
       (2016), for AdaBN. Nado et al., "Evaluating Prediction-Time Batch Normalization
       for Robustness under Covariate Shift" (2020). Schneider et al., "Improving
       robustness against common corruptions by covariate shift adaptation" (2020), for
-      the mix. Lim et al., "TTN: A Domain-Shift Aware Batch Normalization in Test-Time
-      Adaptation" (2023), for the weights of features.
+      mixed statistics. Lim et al., "TTN: A Domain-Shift Aware Batch Normalization in
+      Test-Time Adaptation" (2023), for the weights of features.
     """
     require_same_layers(stats, moments)
     if weight is None:

@@ -24,12 +24,13 @@ def collect(moments_fn: Callable[[Any], Any], batches: Iterable[Any]) -> Any:
         n = Σnₖ      mean = Σnₖ·meanₖ / n
         var = Σnₖ·varₖ / n + Σnₖ|meanₖ − mean|² / n        over batches k
 
-    Batches may differ in size. Their moments are merged in pairs, then pairs of pairs,
-    so rounding errors grow with the logarithm of the number of batches.
+    Batches may differ in size. Their moments are merged in pairs, then in pairs of
+    pairs, so rounding errors grow with the logarithm of the number of batches.
 
     Args:
-      moments_fn: Called with each batch, returns a tree of `Moments`, always with the
-        same layers. `jaxbn.linen.moments_fn` and `jaxbn.nnx.moments_fn` make one.
+      moments_fn: A function that takes a batch and returns a tree of `Moments`, with
+        the same layers for every batch. `jaxbn.linen.moments_fn` and
+        `jaxbn.nnx.moments_fn` make one.
       batches: Any iterable of arguments for `moments_fn`, including `tqdm(batches)`.
 
     Returns:
@@ -38,8 +39,8 @@ def collect(moments_fn: Callable[[Any], Any], batches: Iterable[Any]) -> Any:
     Raises:
       TypeError: The result of `moments_fn` has leaves other than `Moments`, or
         `batches` is an array or a dict.
-      ValueError: There is no batch, or a batch has no layers, or different layers than
-        the first batch.
+      ValueError: There is no batch, or a batch has no layers, or other layers than the
+        first batch.
 
     Example:
       >>> import jaxbn, jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""How far data have moved from running statistics."""
+"""Measures how far data have moved from running statistics."""
 
 from typing import Any, NamedTuple
 
@@ -22,16 +22,17 @@ class Drift(NamedTuple):
     """How one layer's data differ from its running statistics, channel by channel.
 
     Attributes:
-      kl: Symmetric Kullback-Leibler divergence of the two Gaussians, in nats. Without
-        data, this and the next two fields are NaN.
-      mean_shift: Difference of the means in running standard deviations; signed, or its
-        magnitude for complex data.
+      kl: Symmetric Kullback-Leibler divergence, in nats, between normal distributions
+        with the two means and variances. Without data, this and the next two fields are
+        NaN.
+      mean_shift: Difference of the means in running standard deviations, with its sign;
+        for complex data, its magnitude.
       var_ratio: The variance of the data divided by the running variance.
-      dead: Whether the data are constant, to the precision of their dtype.
+      dead: Whether the data are constant, to the precision of the moments.
       non_finite: Whether a mean or variance is infinite or NaN.
       count: The total weight of the data.
-      never_updated: Whether all running statistics of the layer are the initial 0 and
-        1; a scalar.
+      never_updated: Whether all running statistics of the layer have their initial
+        values, 0 and 1; a scalar.
 
     Example:
       >>> import jaxbn, jax.numpy as jnp
@@ -52,29 +53,29 @@ class Drift(NamedTuple):
 
 @_dtypes.mixing
 def drift(stats: Any, moments: Any, *, epsilon: float = 1e-5) -> Any:
-    """How far the data of `moments` have moved from the running statistics.
+    """Measures how far the data of `moments` have moved from the running statistics.
 
-    With μ and σ² the running mean and variance, m and s² the mean and variance of the
-    data, and epsilon added to both variances:
+    Let μ and σ² be the running mean and variance, and m and s² the mean and variance of
+    the data. With epsilon added to both variances:
 
         mean_shift = (m − μ) / σ        var_ratio = s² / σ²
         kl = KL(data ‖ running) + KL(running ‖ data)
            = (s² − σ²)² / (2·s²·σ²) + (m − μ)² · (1/s² + 1/σ²) / 2
 
-    At inference, a channel with `mean_shift` d and `var_ratio` r has mean d and
-    variance r after the normalization, instead of 0 and 1.
+    After the normalization at inference, a channel with `mean_shift` d and `var_ratio`
+    r has mean d and variance r, instead of 0 and 1.
 
     Args:
       stats: A tree of the layers' states: `RunningStats`, or `RenormStats`, whose std
         is treated as √var.
       moments: A tree of `Moments` of the same layers, from `moments_fn` or `collect`.
         To monitor a deployed network, measure them at inference.
-      epsilon: Added to variances, as by the layers. The variances of a `RenormStats`
-        and of its layer's moments already include it.
+      epsilon: Added to the variances, as in the layers. The variances of a
+        `RenormStats` and of the moments of its layer already include it.
 
     Returns:
       A tree of `Drift` with arrays of the shape of the features. `drift` is pure, so it
-      can be compiled and logged in training; `summary` makes a table of the result.
+      can be compiled, and logged in training. `summary` makes a table of the result.
 
     Raises:
       TypeError: A tree has other leaves.

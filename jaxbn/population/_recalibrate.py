@@ -35,41 +35,42 @@ def recalibrate(
 ) -> Any:
     """Recomputes running statistics for the current weights (Precise BN).
 
-        "pooled":   mean, var = those of all batches together
-        "average":  mean = average of the batches' means, var = average of their vars
+        "pooled":   mean and var of all batches together
+        "average":  averages of the mean and of the var of each batch
 
-    The running average of training covers few batches, with weights that have changed
-    since. After training, after averaging weights (EMA, SWA) and after pruning or
-    quantizing them, the statistics can be measured with the final weights, on about
-    1000 to 10 000 examples. In the first layer, "pooled" equals the statistics of one
-    batch of all the data, whatever the batch sizes. In later layers, its inputs were
-    normalized batch by batch, if `moments_fn` runs the network in training mode.
+    Running statistics from training cover few batches, and the weights have changed
+    since. After training, after averaging weights (EMA, SWA), and after pruning or
+    quantizing them, measure the statistics with the final weights, on about 1000 to
+    10 000 examples. In the first layer, "pooled" equals the statistics of one batch of
+    all the data, whatever the batch sizes. The inputs of later layers are normalized
+    batch by batch if `moments_fn` runs the network in training mode.
 
     Args:
-      moments_fn: Called with each batch, returns a tree of `Moments`, always with the
-        same layers. `jaxbn.linen.moments_fn` and `jaxbn.nnx.moments_fn` make one. It
-        may be compiled, and batches may be sharded over devices and processes.
+      moments_fn: A function that takes a batch and returns a tree of `Moments`, with
+        the same layers for every batch. `jaxbn.linen.moments_fn` and
+        `jaxbn.nnx.moments_fn` make one. It may be compiled, and batches may be sharded
+        over devices and processes.
       batches: Any iterable of arguments for `moments_fn`; `tqdm(batches)` shows
-        progress. One batch is in memory at a time.
-      stats: A tree of the layers' current states, with the layers that `moments_fn`
-        returns. The result has the same kinds, shapes and dtypes. Some layers of
-        `jaxbn.layers` need it (`renorm`, `domain`, stacked layers); `jaxbn.linen` and
-        `jaxbn.nnx` do the same in `load_stats`.
+        progress. Only one batch is in memory at a time.
+      stats: A tree of the current states of the layers that `moments_fn` returns. The
+        result then has the same types, shapes and dtypes. It is needed for some of
+        `jaxbn.layers` (`renorm`, `domain`, stacked layers). For `jaxbn.linen` and
+        `jaxbn.nnx`, `load_stats` does the same.
       estimator: "pooled" weighs every example equally, and includes the variance
         between batches. "average" weighs every batch equally, and leaves it out.
-      unbiased: Whether to multiply variances by n/(n − 1), where n counts all the data
-        or, for "average", each batch.
+      unbiased: Whether to multiply variances by n/(n − 1), where n is the count of all
+        the data, or, for "average", of each batch.
 
     Returns:
-      A tree of `RunningStats` like the tree from `moments_fn`, or a tree like `stats`.
-      Each `step` is the number of batches. `jaxbn.linen.load_stats` and
-      `jaxbn.nnx.load_stats` put it into a model.
+      A tree of `RunningStats` like the tree from `moments_fn`; or, with `stats`, a tree
+      like that. Each `step` is the number of batches. To put the result into a model,
+      use `jaxbn.linen.load_stats` or `jaxbn.nnx.load_stats`.
 
     Raises:
       TypeError: The result of `moments_fn` has leaves other than `Moments`, `stats` has
         leaves other than states, or `batches` is an array or a dict.
       ValueError: There is no batch, a layer has seen no data, batches have different
-        layers, `stats` has different layers or features, or `estimator` is unknown.
+        layers, `stats` has other layers or features, or `estimator` is unknown.
 
     Example:
       >>> import jaxbn, jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Drift as a table."""
+"""Formats drift as a table."""
 
 from typing import Any
 
@@ -29,10 +29,10 @@ def summary(drifts: Any) -> str:
       drifts: A tree of `Drift`.
 
     Returns:
-      A Markdown table that lines up as plain text: for each layer the median and
-      largest symmetric KL divergence of its channels, the largest mean shift in running
-      standard deviations, the smallest and largest variance ratio, and the number of
-      channels that are dead or not finite.
+      A Markdown table that lines up as plain text. For each layer, it has the median
+      and the largest symmetric KL divergence of the channels, the largest mean shift in
+      running standard deviations, the smallest and the largest variance ratio, and the
+      number of channels that are dead or not finite.
 
     Raises:
       TypeError: The tree has leaves other than `Drift`.
