@@ -33,36 +33,37 @@ def fold_conv(
         position "after":   W' = W·a along the outputs,  b' = (b − mean)·a + bn_bias
         position "before":  W' = a·W along the inputs,   b' = b + Σ (bn_bias − mean·a)·W
 
-    After the convolution it is exact for any strides, dilations and padding. Before the
-    convolution it is exact only if no zeros are put around or between the inputs, or if
-    bn_bias − mean·a is 0: such zeros are zeros of the normalized values, and no kernel
-    and bias can treat them separately. In float32 it loses digits where |mean| is far
-    above √var, as for `fold_dense`.
+    With position "after", folding is exact for any strides, dilations and padding. With
+    "before", it is exact only if no zeros are put around or between the inputs, or if
+    bn_bias − mean·a is 0. Such zeros are not normalized, and no kernel and bias can
+    treat them separately. In float32, the result loses digits if |mean| is far above
+    √var, as for `fold_dense`.
 
     Args:
       kernel: Array, floating or complex, with any number of spatial dimensions.
       bias: The layer's bias, one number per output channel, or None.
-      stats: Running statistics; `mean` and `var` are used, one number per output
-        channel for position "after", per input channel for "before".
+      stats: Running statistics, of which `mean` and `var` are used: one number per
+        output channel for position "after", per input channel for "before".
       scale: Factor of the batch norm, shaped like `stats.mean`; by default 1.
-      bn_bias: Offset of the batch norm, shaped likewise; by default 0.
+      bn_bias: Offset of the batch norm, shaped like `stats.mean`; by default 0.
       epsilon: The batch norm's epsilon, added to the variance.
       position: Where the batch norm is: "after" the layer (default) or "before" it.
-      dimension_numbers: As for `lax.conv_general_dilated`; only the kernel's part
-        matters. By default Flax's layout, `(*spatial, inputs, outputs)`.
+      dimension_numbers: As for `lax.conv_general_dilated`, but only the part of the
+        kernel matters. By default, the layout of Flax, `(*spatial, inputs, outputs)`.
       feature_group_count: The number of groups; for a depthwise convolution, the number
         of channels.
-      padding: The convolution's padding, only needed for position "before": "VALID",
-        "SAME", "CAUSAL", an integer, or integers or pairs per spatial dimension as in
-        Flax; also Flax's "CIRCULAR" and "REFLECT", which add no zeros and so are exact.
-      transposed: Whether the convolution is transposed, or has a `lhs_dilation`.
-      transpose_kernel: Whether input and output channels are swapped in the kernel, an
-        option of `lax.conv_transpose` and `flax.linen.ConvTranspose`.
+      padding: The padding of the convolution, only needed for position "before":
+        "VALID", "SAME", "CAUSAL", an integer, or integers or pairs per spatial
+        dimension, as in Flax. Flax's "CIRCULAR" and "REFLECT" are also allowed, and
+        exact, because they add no zeros.
+      transposed: Whether the convolution is transposed, or has an `lhs_dilation`.
+      transpose_kernel: Whether input and output channels are swapped in the kernel, as
+        with this option of `lax.conv_transpose` and `flax.linen.ConvTranspose`.
 
     Returns:
-      `(kernel, bias)`: the kernel with its shape and dtype, the bias with the shape
-      `(outputs,)` and the dtype of `bias`, or else of `kernel`. Computed in float32 or
-      wider.
+      `(kernel, bias)`, computed in float32 or wider. The kernel keeps its shape and
+      dtype. The bias has the shape `(outputs,)`, and the dtype of `bias`, or of
+      `kernel` if there was no bias.
 
     Raises:
       TypeError: An argument is not floating or complex, or is complex where `kernel` is

@@ -24,25 +24,25 @@ def fold_dense(
         position "before":  W' = a·W along the inputs,   b' = b + Σ (bn_bias − mean·a)·W
 
     `x·W' + b'` then computes the layer and the normalization together. It is the same
-    function, but in float32 `x·W' + b'` loses digits where |mean| is far above √var,
-    because the mean is subtracted from rounded products; `normalize` does not.
+    function, but in float32 it loses digits if |mean| is far above √var, because the
+    mean is subtracted from rounded products. `normalize` does not lose them.
 
     Args:
       kernel: Array `(*inputs, *outputs)`, floating or complex.
       bias: The layer's bias, shaped like the outputs, or None.
-      stats: Running statistics; `mean` and `var` are used. Shaped like the outputs for
-        position "after", like the inputs for "before". (For `layers.renorm`, whose
-        state has a standard deviation: `RunningStats(mean, std**2, step)` and epsilon
-        0.)
+      stats: Running statistics, of which `mean` and `var` are used: shaped like the
+        outputs for position "after", like the inputs for "before". (`layers.renorm` has
+        a standard deviation instead: pass `RunningStats(mean, std**2, step)` and
+        epsilon 0.)
       scale: Factor of the batch norm, shaped like `stats.mean`; by default 1.
-      bn_bias: Offset of the batch norm, shaped likewise; by default 0.
+      bn_bias: Offset of the batch norm, shaped like `stats.mean`; by default 0.
       epsilon: The batch norm's epsilon, added to the variance.
       position: Where the batch norm is: "after" the layer (default) or "before" it.
 
     Returns:
-      `(kernel, bias)`: the kernel with its shape and dtype, the bias shaped like the
-      outputs, with the dtype of `bias`, or else of `kernel`. Computed in float32 or
-      wider.
+      `(kernel, bias)`, computed in float32 or wider. The kernel keeps its shape and
+      dtype. The bias is shaped like the outputs, and has the dtype of `bias`, or of
+      `kernel` if there was no bias.
 
     Raises:
       TypeError: An argument is not floating or complex, or is complex where `kernel` is

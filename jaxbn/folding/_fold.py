@@ -16,23 +16,25 @@ def fold(
         conv(x, W) + b, normalized   →   conv(x, W') + b'
         W' = W·a    b' = (b − mean)·a + bias    a = scale / √(var + epsilon)
 
-    and parallel branches into one layer, as RepVGG does it:
+    and parallel branches become one layer, as in RepVGG:
 
         conv(x, W₁) + b₁ + conv(x, W₂) + b₂ + a·x + c   →   conv(x, W) + b
 
-    Finds each `jaxbn.normalize` whose statistics come from `params` and which follows a
-    convolution or matrix product (and the addition of a bias) that nothing else uses,
-    or precedes one. Folds it into that layer's kernel and bias: exact, up to rounding,
-    for any network of `jaxbn.linen`, `jaxbn.nnx` or plain functions. Computations on
-    `params` alone are done once, here, before any cast to a narrower dtype. Other
-    normalizations do not change; `report` lists them with the reason.
+    It finds each `jaxbn.normalize` whose statistics come from `params`, and which
+    precedes a convolution or matrix product, or follows one (and the addition of a
+    bias) that nothing else uses. It folds the normalization into the kernel and bias of
+    that layer. This is exact, up to rounding, for any network of `jaxbn.linen`,
+    `jaxbn.nnx` or plain functions. Computations on `params` alone run once, here,
+    before any cast to a narrower dtype. Other normalizations do not change; `report`
+    lists them with the reason.
 
-    Then adds up convolutions of one input (of any sizes that fit one grid, with the
-    same strides and groups), or matrix products, and the input itself, if it is
-    normalized, wherever the sum has a batch norm that folds.
+    Then, in each sum with a batch norm that folds, it adds up the branches into one
+    layer: convolutions of one input (of any sizes that fit one grid, with the same
+    strides and groups), or matrix products of one input, together with the input
+    itself, normalized or not. A single layer and the bare input stay separate.
 
-    `x·W' + b'` loses digits where |mean| is far above √var, while `normalize` does not;
-    a kernel in float16 may overflow where a·W is above 65504. `jax.checkpoint` (also as
+    `x·W' + b'` loses digits if |mean| is far above √var, while `normalize` does not. A
+    kernel in float16 can overflow, if a·W is above 65504. `jax.checkpoint` (also as
     `nn.remat`) is removed from the program, so derivatives of the folded function keep
     more in memory.
 
@@ -42,7 +44,8 @@ def fold(
         `lambda state, x: nnx.merge(graphdef, state)(x)`, in inference mode.
       params: Any pytree of arrays: all parameters, including the ones to fold.
         Parameters that the function closes over are not folded.
-      *example_inputs: Pytrees of arrays, or of `jax.ShapeDtypeStruct`, to trace it on.
+      *example_inputs: Pytrees of arrays, or of `jax.ShapeDtypeStruct`, to trace the
+        function with.
 
     Returns:
       `(folded_fn, folded_params)`. The parameters are a dict from paths, such as
@@ -52,11 +55,10 @@ def fold(
       other shapes are traced on first use.
 
     Raises:
-      TypeError: `inference_fn` is not callable; later, from `folded_fn`: its parameters
+      TypeError: `inference_fn` is not callable. Later, from `folded_fn`: its parameters
         are not a dict.
       ValueError: Later, from `folded_fn`: parameters are missing or have the wrong
-        shape or dtype, or inputs of new shapes need different parameters than were
-        folded.
+        shape or dtype, or inputs of new shapes need other parameters than were folded.
 
     Example:
       >>> import jaxbn, jax.numpy as jnp

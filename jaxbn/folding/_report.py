@@ -29,10 +29,10 @@ class FoldedLayer(NamedTuple):
     Attributes:
       path: The path of its statistics in `params`, such as "batch_stats/BatchNorm_0",
         or of its scale or bias if the statistics come from elsewhere.
-      into: The path of the kernel that it was folded into, or None if it is left.
-      position: "after" or "before" that layer, "beside" it if it normalizes the layer's
-        input and was added to the layer, or None.
-      reason: Why it is left, or None.
+      into: The path of the kernel that it was folded into, or None if it stays.
+      position: "after" or "before" that layer; "beside" it if it normalizes the input
+        of the layer in a parallel branch; None if it stays.
+      reason: Why it stays, or None.
 
     Example:
       >>> from jaxbn.folding import FoldedLayer
@@ -50,10 +50,9 @@ class MergedBranches(NamedTuple):
     """Parallel branches of a program that are one layer after folding.
 
     Attributes:
-      into: The path of the kernel that has all of them.
-      branches: The paths of the kernels that were added up. In place of a kernel, a
-        normalized input has the path of its statistics, and the input itself has
-        "(input)".
+      into: The path of the kernel that they were added to.
+      branches: The paths of the kernels that were added up. A normalized input is
+        listed by the path of its statistics, and the input itself as "(input)".
 
     Example:
       >>> from jaxbn.folding import MergedBranches
@@ -66,7 +65,7 @@ class MergedBranches(NamedTuple):
 
 
 class FoldReport(NamedTuple):
-    """Every normalization of a program; prints as a table.
+    """What `fold` does with each normalization of a program; prints as a table.
 
     Attributes:
       layers: A tuple of `FoldedLayer`, in the order of the program.
@@ -109,11 +108,11 @@ class FoldReport(NamedTuple):
 def report(
     inference_fn: Callable[..., Any], params: Any, *example_inputs: Any
 ) -> FoldReport:
-    """Lists which normalizations `fold` folds into which layers, and why not others.
+    """Lists which normalizations `fold` folds into which layers, and why others stay.
 
         every normalization  =  report.folded  +  report.left
 
-    It only looks at the program, not at the values of `params`, so all arguments may be
+    It looks only at the program, not at the values of `params`, so all arguments may be
     `jax.ShapeDtypeStruct`.
 
     Args:
@@ -122,7 +121,7 @@ def report(
       *example_inputs: Pytrees of arrays, or of their shapes and dtypes.
 
     Returns:
-      A `FoldReport`: print it, or look at its `folded` and `left`, tuples of
+      A `FoldReport`. Print it, or look at its `folded` and `left`, tuples of
       `FoldedLayer(path, into, position, reason)`.
 
     Raises:
