@@ -1,9 +1,10 @@
 """Interoperation with other libraries: checkpoints, call signatures and optimizers.
 
-`torch`, `keras`, `haiku`, `equinox`, `flax` and `praxis` convert the arrays of one or
-all batch norms of a model to `(params, stats)`, as in `jaxbn.layers.standard`, and
-back, and constructor arguments to options. `crossq` converts the statistics of batch
-renormalization in reinforcement learning. None of these libraries is imported.
+`torch`, `keras`, `haiku`, `equinox`, `flax` and `praxis` convert the arrays of one
+batch norm, or of all in a model, to `(params, stats)`, as in `jaxbn.layers.standard`,
+and back. All but `flax` also convert constructor arguments to options. `crossq`
+converts the statistics of batch renormalization in reinforcement learning. None of
+these libraries is imported.
 """
 
 from jaxbn.interop import crossq as crossq

@@ -1,4 +1,4 @@
-"""The batch renormalization of reinforcement learners, as jaxbn's `BatchRenorm`.
+"""Converts statistics of the batch renormalization in reinforcement learning.
 
 CrossQ, sbx, RL-X and purejaxql share one linen module, `BatchRenorm`:
 
@@ -9,8 +9,8 @@ CrossQ, sbx, RL-X and purejaxql share one linen module, `BatchRenorm`:
 | limits | 3 and 5, in the variables | `r_max=3.0`, `d_max=5.0`, fields |
 | epsilon, momentum | 0.001, 0.99 | 1e-5, 0.99: pass theirs |
 
-The output differs by the order of epsilon/var: they add epsilon to the variance after
-it was divided by r². Parameters (scale, bias) are the same in both.
+Outputs differ by terms of the order of epsilon/var, because these libraries add epsilon
+to the variance after dividing it by r². Parameters (scale, bias) are the same in both.
 """
 
 from collections.abc import Mapping
@@ -36,13 +36,13 @@ def to_jaxbn(
 
     Args:
       batch_stats: The collection of a linen model, of any depth, or the dict of a
-        single layer. Layers may be stacked, by `nn.vmap`: every array has the same
-        leading axes then, and `steps` has no other axes.
+        single layer. Layers may be stacked, by `nn.vmap`: then every array has the same
+        leading axes, and `steps` has only these.
 
     Returns:
       `(batch_stats, limits)`. The first has the structure of the argument, for
       `jaxbn.linen.BatchRenorm(tracks="var", warm_up_steps=...)`. The second has the
-      limits that differ from 3 and 5, by the path of the layer ("" for a single one):
+      limits that differ from 3 and 5, by the path of the layer ("" for a single layer):
       pass them as `r_max` and `d_max`.
 
     Raises:
@@ -82,7 +82,7 @@ def to_jaxbn(
 def from_jaxbn(
     batch_stats: Mapping[str, Any], *, r_max: float = 3.0, d_max: float = 5.0
 ) -> Tree:
-    """Converts the `batch_stats` of jaxbn's `BatchRenorm` to those of these learners.
+    """Converts the `batch_stats` of jaxbn's `BatchRenorm`: the inverse of `to_jaxbn`.
 
         steps = step        mean, var as they are        r_max, d_max as given
 
@@ -93,9 +93,9 @@ def from_jaxbn(
       d_max: The limit of |d|.
 
     Returns:
-      A tree of the same structure, for their `BatchRenorm`. `steps` and limits have the
-      leading axes of stacked layers. Limits are int32, as theirs, if they are whole
-      numbers, and float32 if not.
+      A tree of the same structure, for their `BatchRenorm`. `steps` and the limits have
+      the leading axes of stacked layers. Limits are int32 if they are whole numbers, as
+      in these libraries, and float32 if not.
 
     Raises:
       TypeError: A value is not an array of numbers.

@@ -1,7 +1,7 @@
 """Equinox's batch norm: its options and its arrays.
 
-Equinox itself is not imported. The arrays of a layer are its fields: weight and bias
-themselves, and the others from the model's `State`.
+Equinox itself is not imported. The arrays of a layer are taken by the names of its
+fields: `weight` and `bias` from the layer, the others from the `State` of the model.
 
 | | Equinox | jaxbn |
 | --- | --- | --- |
@@ -46,8 +46,8 @@ def options(
         which also includes the variance between batches.
 
     Returns:
-      Options for `jaxbn.layers.standard` and both `BatchNorm` modules. In Equinox's
-      `vmap` add `feature_axes=0` and the `axis_name`.
+      Options for `jaxbn.layers.standard` and both `BatchNorm` modules. Inside `vmap`,
+      as in Equinox, add `feature_axes=0` and the `axis_name`.
 
     Raises:
       TypeError: `channelwise_affine` is neither True nor False.
@@ -86,20 +86,21 @@ def to_jaxbn(
 ) -> Converted:
     """Converts the arrays of one `equinox.nn.BatchNorm` to parameters and statistics.
 
-    Equinox starts its hidden variance at 1 and divides it by 1 − momentum^counter as if
-    it had started at 0. At inference the variance is therefore too large by
+    Equinox starts its hidden variance at 1, but divides it by 1 − momentum^counter as
+    if it had started at 0. At inference, the variance is therefore too large by
 
         momentum^counter / (1 − momentum^counter)
 
-    which is 99 after one step of momentum 0.99, and 0.58 after a hundred. The result
-    keeps this error, and so Equinox's inference, unless `correct` is True.
+    which is 99 after one step with momentum 0.99, and 0.58 after a hundred. The result
+    keeps this error, so that inference is the same as in Equinox, unless `correct` is
+    True.
 
     Args:
-      arrays: A dict by the layer's fields: `weight` and `bias` if it has them; and
+      arrays: A dict by the fields of the layer: `weight` and `bias` if it has them; and
         `batch_counter` and `batch_state_index`, or `ema_first_time_index` and
         `ema_state_index`, as returned by `state.get(layer.batch_counter)`. Fields that
         are None in the layer may be left out.
-      momentum: The layer's momentum; needed in mode "batch", and only there.
+      momentum: The layer's momentum; required in mode "batch", and only allowed there.
       correct: Whether to remove Equinox's initial 1 from the variance (mode "batch"
         only). Inference then differs, for the better.
       unbiased: Whether the new layer tracks the unbiased variance. Equinox does not;
@@ -141,7 +142,7 @@ def from_jaxbn(
     unbiased: bool = False,
     count: float | None = None,
 ) -> dict[str, Any]:
-    """The inverse of `to_jaxbn`: arrays for one `equinox.nn.BatchNorm`.
+    """Makes arrays for one `equinox.nn.BatchNorm`: the inverse of `to_jaxbn`.
 
         hidden = average · (1 − momentum^counter)       in mode "batch"
 
@@ -151,16 +152,16 @@ def from_jaxbn(
       momentum: The layer's momentum for mode "batch"; None for mode "ema".
       unbiased: Whether the variance was tracked with `unbiased=True`. If so, Equinox
         needs var·(n − 1)/n.
-      count: n; only with `unbiased=True`.
+      count: n, as for `to_jaxbn`; only with `unbiased=True`.
 
     Returns:
-      A dict by the layer's fields, as `to_jaxbn` takes it: weight and bias for
+      A dict by the fields of the layer, as `to_jaxbn` takes it: `weight` and `bias` for
       `eqx.tree_at`, the others for `state.set(layer.batch_counter, ...)`.
 
     Raises:
       TypeError: `stats` is not a `RunningStats`.
       ValueError: Only one of scale and bias is given, there are several feature axes,
-        the step is 0 and the statistics have moved, or as for `to_jaxbn`.
+        the step is 0 but the statistics have moved, or as for `to_jaxbn`.
 
     Example:
       >>> import jaxbn

@@ -1,4 +1,4 @@
-"""Flax's batch norms, in linen and nnx, and jaxbn's modules with the same variables.
+"""Converts Flax's batch norms, in linen and nnx, and jaxbn's with the same variables.
 
 | | Flax | jaxbn |
 | --- | --- | --- |
@@ -8,7 +8,8 @@
 
 `jaxbn.linen.BatchNorm` and `jaxbn.nnx.BatchNorm` take Flax's checkpoints unchanged.
 These functions convert between Flax's variables and the `(params, stats)` of jaxbn's
-functions, and so of every other library here.
+functions. Together with the other modules of `jaxbn.interop`, they convert between Flax
+and other libraries.
 """
 
 from collections.abc import Mapping
@@ -33,15 +34,15 @@ def to_jaxbn(
     """Converts the variables of one batch norm to jaxbn's parameters and statistics.
 
     Args:
-      variables: Variables of linen: a dict with `batch_stats` (mean, var) and, if there
-        are any, `params` (scale, bias). Or a dict of these four without collections, as
-        returned by `nnx.to_pure_dict(nnx.state(layer))`. `step` is read if there is
-        one.
+      variables: The variables of linen: a dict with `batch_stats` (mean, var) and, if
+        there are any, `params` (scale, bias). Or a dict of these four without
+        collections, as returned by `nnx.to_pure_dict(nnx.state(layer))`. A `step` is
+        read if there is one.
 
     Returns:
-      `(params, stats)`, as `init` of `jaxbn.layers.standard` returns them. The variance
-      is not converted; Flax tracks the biased variance. For jaxbn's `BatchRenorm`, as
-      `init` of `jaxbn.layers.renorm` returns them.
+      `(params, stats)`, as `init` of `jaxbn.layers.standard` returns them; for jaxbn's
+      `BatchRenorm`, as `init` of `jaxbn.layers.renorm` does. The variance is not
+      converted: Flax tracks the biased variance.
 
     Raises:
       TypeError: A value is not an array of numbers.
@@ -74,18 +75,17 @@ def to_jaxbn(
 def from_jaxbn(
     params: Mapping[str, Any], stats: RunningStats, *, step: bool = False
 ) -> dict[str, dict[str, np.ndarray]]:
-    """The inverse of `to_jaxbn`: linen's variables of one batch norm.
+    """Makes linen's variables of one batch norm: the inverse of `to_jaxbn`.
 
     Args:
       params: "scale", "bias", both or neither.
       stats: The running statistics. Flax's own classes continue with the biased
-        variance, which the other modules of `jaxbn.interop` return with
-        `unbiased=False`.
-      step: Whether the layer keeps the step, as jaxbn's layers do if `momentum` is a
+        variance; the other modules of `jaxbn.interop` return it with `unbiased=False`.
+      step: Whether to include the step, which jaxbn's layers keep if `momentum` is a
         function of it.
 
     Returns:
-      `{"params": {scale, bias}, "batch_stats": {mean, var}}`. For nnx the same without
+      `{"params": {scale, bias}, "batch_stats": {mean, var}}`. For nnx, leave out the
       collections: `nnx.update(layer, {**made["params"], **made["batch_stats"]})`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Haiku's batch norms: options, and arrays of one layer or a whole model.
+"""Haiku's batch norms: their options and their arrays.
 
 Haiku itself is not imported. Its statistics are debiased, as with
 `momentum=jaxbn.debiased(decay_rate)`, and its arrays keep the reduced axes.
@@ -83,7 +83,7 @@ def to_jaxbn(
     """Converts the arrays of one `hk.BatchNorm` to jaxbn's parameters and statistics.
 
     Args:
-      arrays: A dict with `mean_ema` and `var_ema`, which are Haiku's dicts (`counter`,
+      arrays: A dict with `mean_ema` and `var_ema`, which are dicts of Haiku (`counter`,
         `hidden`, `average`), and `scale` and `offset` if there are any. `batch_norms`
         finds them in a model.
       feature_axes: Feature axes of the layer's input; the other axes have length 1 in
@@ -129,7 +129,7 @@ def from_jaxbn(
     unbiased: bool = False,
     count: float | None = None,
 ) -> dict[str, Any]:
-    """The inverse of `to_jaxbn`: arrays for one `hk.BatchNorm`.
+    """Makes arrays for one `hk.BatchNorm`: the inverse of `to_jaxbn`.
 
         hidden = average · (1 − decay_rate^counter)
 
@@ -141,16 +141,16 @@ def from_jaxbn(
       feature_axes: Feature axes of the layer's input.
       unbiased: Whether the variance was tracked with `unbiased=True`. If so, Haiku
         needs var·(n − 1)/n.
-      count: n; only with `unbiased=True`.
+      count: n, as for `to_jaxbn`; only with `unbiased=True`.
 
     Returns:
       A dict with `scale`, `offset`, `mean_ema` and `var_ema`, as `to_jaxbn` takes it.
-      In Haiku's trees they are `params[name]`, `state[f"{name}/~/mean_ema"]` and
+      In the trees of Haiku, they are `params[name]`, `state[f"{name}/~/mean_ema"]` and
       `state[f"{name}/~/var_ema"]`.
 
     Raises:
       TypeError: `stats` is not a `RunningStats`.
-      ValueError: `decay_rate` is not in [0, 1), the step is 0 and the statistics have
+      ValueError: `decay_rate` is not in [0, 1), the step is 0 but the statistics have
         moved, or as for `to_jaxbn`.
 
     Example:

@@ -41,15 +41,15 @@ def options(
       epsilon: Keras' default is 1e-3.
       center: Whether there is a beta.
       scale: Whether there is a gamma.
-      fused: Whether it ran in the fused kernel of tf.keras 2, the default there for
-        inputs of rank 4, which tracks the unbiased variance. Older versions of that
-        kernel replaced any smaller epsilon by 1.001e-5.
+      fused: Whether the layer ran in the fused kernel of tf.keras 2, which is the
+        default there for inputs of rank 4 and tracks the unbiased variance. Older
+        versions of that kernel replaced any smaller epsilon by 1.001e-5.
 
     Returns:
       Options for `jaxbn.layers.standard` and both `BatchNorm` modules. For
-      `renorm=True`, leave out `unbiased`, pass the others to `jaxbn.layers.renorm`, and
-      pass rmax and dmax of `renorm_clipping` as `r_max` and `d_max`, or `jnp.inf` if
-      they are not given. If rmin is not 1/rmax, there is no equivalent option.
+      `renorm=True`, leave out `unbiased`, and pass the others to `jaxbn.layers.renorm`,
+      with rmax and dmax of `renorm_clipping` as `r_max` and `d_max` (`jnp.inf` if they
+      are not given). If rmin is not 1/rmax, there is no equivalent option.
 
     Raises:
       TypeError: `center`, `scale` or `fused` is neither True nor False.
@@ -84,28 +84,29 @@ def to_jaxbn(
     """Converts the arrays of one `BatchNormalization` to parameters and statistics.
 
     Args:
-      arrays: A dict by the variables' names, `{v.name: v for v in layer.weights}`, by
-        their paths, or by their names in TensorFlow (ending in "/EMA",
-        "/ExponentialMovingAverage" or "/.ATTRIBUTES/VARIABLE_VALUE"). Or the list from
-        `layer.get_weights()`, or "vars/0", "vars/1", ... of a .weights.h5 file, which
-        has the same order, if there are both gamma and beta or neither.
-      fused: Whether the fused kernel of tf.keras 2 tracked the variance, unbiased. Not
-        for renorm, like the next two arguments.
-      unbiased: Whether the new layer tracks the unbiased variance; by default it does
-        if the old one did.
-      count: The number of values per feature in a training batch, if the old and new
-        variances differ.
+      arrays: A dict by the names of the variables,
+        `{v.name: v for v in layer.weights}`, by their paths, or by their names in
+        TensorFlow (ending in "/EMA", "/ExponentialMovingAverage" or
+        "/.ATTRIBUTES/VARIABLE_VALUE"). If there are both gamma and beta or neither,
+        also the list from `layer.get_weights()`, or "vars/0", "vars/1", ... of a
+        .weights.h5 file, which has the same order.
+      fused: Whether the fused kernel of tf.keras 2 tracked the variance, which is then
+        unbiased. Not for renorm, like the next two arguments.
+      unbiased: Whether the new layer tracks the unbiased variance; by default, if the
+        old one did.
+      count: The number of values per feature in a training batch; only if the old and
+        new variances differ.
 
     Returns:
-      `(params, stats)` as `init` of `jaxbn.layers.standard` returns them. For arrays of
-      `renorm=True`, as `init` of `jaxbn.layers.renorm` does, where the statistics are
-      Keras' renorm_mean and renorm_stddev.
+      `(params, stats)`, as `init` of `jaxbn.layers.standard` returns them; for
+      `renorm=True`, as `init` of `jaxbn.layers.renorm` does, and the statistics are
+      renorm_mean and renorm_stddev of Keras.
 
     Raises:
       TypeError: A value is not an array of numbers.
       ValueError: Keys are missing or unknown, or name both a variable and its average;
-        arrays without names are ambiguous; shapes differ, a variance is negative or
-        NaN, `count` is missing or not needed, or the two averages of renorm differ.
+        arrays without names are ambiguous; shapes differ; a variance is negative or
+        NaN; `count` is missing or not needed; or the two averages of renorm differ.
 
     Example:
       >>> import jaxbn, numpy as np
@@ -140,7 +141,7 @@ def from_jaxbn(
     count: float | None = None,
     epsilon: float | None = None,
 ) -> dict[str, np.ndarray]:
-    """The inverse of `to_jaxbn`: arrays for one `BatchNormalization`.
+    """Makes arrays for one `BatchNormalization`: the inverse of `to_jaxbn`.
 
     Args:
       params: "scale", "bias", both or neither.
@@ -148,13 +149,14 @@ def from_jaxbn(
       fused: Whether the arrays are for the fused kernel of tf.keras 2, which needs the
         unbiased variance.
       unbiased: Whether the variance was tracked with `unbiased=True`.
-      count: The number of values per feature in a training batch, if `fused` and
+      count: The number of values per feature in a training batch; only if `fused` and
         `unbiased` differ.
-      epsilon: The layer's epsilon, only for `RenormStats`: Keras stores the variance
-        without it.
+      epsilon: The layer's epsilon; only for `RenormStats`, because Keras stores the
+        variance without it.
 
     Returns:
-      A dict by Keras' names, in the order of `layer.set_weights(list(d.values()))`.
+      A dict by the names in Keras, in the order of
+      `layer.set_weights(list(d.values()))`.
 
     Raises:
       TypeError: `stats` is neither of the two.
@@ -206,7 +208,7 @@ def batch_norms(
     Args:
       weights: The weights of a whole model by path,
         `{v.path: v for v in model.weights}`. Or the arrays of a TensorFlow checkpoint
-        by name, or a .weights.h5 file, nested (an `h5py.File(...)`) or by path
+        by name. Or a .weights.h5 file, nested (an `h5py.File(...)`) or by path
         ("layers/norm/vars/0").
       fused: As for `to_jaxbn`.
       unbiased: As for `to_jaxbn`.

@@ -1,4 +1,4 @@
-"""For optimizers and averages: masks of parameters, and states that are averaged."""
+"""Masks of parameters for optimizers, and averages of trees with running statistics."""
 
 import re
 from collections import defaultdict
@@ -34,7 +34,7 @@ Path = tuple[str, ...]
 
 
 def weight_decay_mask(params: Any, *, biases: bool = False) -> Any:
-    """Weight decay for everything but norms and biases, as a mask for optax.
+    """Makes a mask for optax that excludes norms and biases from weight decay.
 
         update(p) = … + weight_decay · p    only where the mask is True
 
@@ -42,20 +42,22 @@ def weight_decay_mask(params: Any, *, biases: bool = False) -> Any:
     "gamma", "beta", "scale_kernel" and "bias_kernel", as in linen, nnx, Haiku, Keras
     and jaxbn, and a "weight" with one axis, as in torch. In trees of objects, as in
     Equinox, a parameter belongs to a norm if its object does: if the name of the class
-    or of a base class ends in "Norm" or "Normalization". Biases are parameters named
-    "b" or "bias", alone or joined by "_".
+    or of a base class ends in "Norm" or "Normalization", perhaps with "1d", "2d" or
+    "3d". Biases are parameters named "b", "bias", or "bias" joined to other words by
+    "_".
 
     Args:
       params: The parameters: a tree of dicts, lists and dataclasses, as in linen,
-        jaxbn's layers, Haiku and Equinox (`eqx.filter(model, eqx.is_array)`, whose None
-        stays None), an `nnx.State`, or one of these flattened to a dict whose keys are
+        jaxbn's layers, Haiku and Equinox (`eqx.filter(model, eqx.is_array)`, where None
+        stays None); an `nnx.State`; or one of these flattened to a dict whose keys are
         tuples or paths ("norm/scale", "norm.scale").
-      biases: Whether biases next to a weight decay too, as in a dense layer. Biases of
-        norms, and biases without a weight, never do.
+      biases: Whether weight decay also applies to biases of layers with a weight, such
+        as dense layers. It never applies to biases of norms, or to biases without a
+        weight.
 
     Returns:
-      A tree like `params` with False for each parameter of a norm and, by default, for
-      each bias, and True for the others: the `mask` for optax.
+      The `mask` for optax: a tree like `params` with False for each parameter of a norm
+      and, by default, for each bias, and True for the others.
 
     Raises:
       TypeError: `biases` is neither True nor False.
@@ -95,32 +97,32 @@ def weight_decay_mask(params: Any, *, biases: bool = False) -> Any:
 
 
 def batch_norm_mask(params: Any, statistics: Any = None) -> Any:
-    """The parameters of batch norms, as a mask for optax.
+    """Makes a mask for optax that selects the parameters of batch norms.
 
         True     for scale and bias of each batch norm, also by class or domain
-        False    for all others, those of layer and group norms among them
+        False    for all other parameters, including those of layer and group norms
 
-    With it, an optimizer freezes the batch norms, trains them alone, or treats them
-    differently (`optax.selective_transform`, `optax.masked`, the masks of
+    With this mask, an optimizer can freeze the batch norms, train them alone, or treat
+    them differently (`optax.selective_transform`, `optax.masked`, the masks of
     `optax.lars`).
 
-    A batch norm is what has running statistics. Without `statistics`, it is recognized
-    by the name of its module or class: "BatchNorm_0", "batch_normalization", "bn1",
-    "BatchRenorm".
+    A batch norm is a norm with running statistics. Without `statistics`, it is
+    recognized by the name of its module or class: "BatchNorm_0", "batch_normalization",
+    "bn1", "BatchRenorm".
 
     Args:
       params: The parameters, as for `weight_decay_mask`.
       statistics: The statistics of the same model, in a tree with the same paths:
         `variables["batch_stats"]` in linen, `nnx.state(model, nnx.BatchStat)` in nnx,
-        the state in Haiku, the states of jaxbn's layers. They decide in place of names;
-        classes, as in Equinox, need none.
+        the state in Haiku, the states of jaxbn's layers. They are used instead of
+        names. Classes, as in Equinox, are recognized without them.
 
     Returns:
       A tree like `params` with True for each parameter of a batch norm, and False for
       the others.
 
     Raises:
-      ValueError: There are no `statistics`, and the names of some norms do not say
+      ValueError: There are no `statistics`, and the names of some norms do not show
         whether they are batch norms.
 
     Example:
@@ -157,22 +159,23 @@ def batch_norm_mask(params: Any, statistics: Any = None) -> Any:
 
 
 def incremental_update(new: Any, old: Any, step_size: ArrayLike) -> Any:
-    """Moves a target network towards the network that is trained, counts included.
+    """Moves a target network towards the trained network, including its step counts.
 
-        old + step_size · (new − old)       where numbers are not integers
-        new                                 where they are: `step`, a count
+        old + step_size · (new − old)       for floating and complex arrays
+        new                                 for all others, such as the count `step`
 
-    Like `optax.incremental_update`, for trees that hold running statistics. That one
-    makes a float of `step`, which a `scan` does not take back, and a fraction of a
-    count. Here every leaf keeps its dtype. The same serves an average of models.
+    Like `optax.incremental_update`, but for trees that hold running statistics. That
+    function makes `step` a float that is no longer a whole count, and a `scan` rejects
+    the changed dtype. Here, every leaf keeps its dtype. The same function can average
+    models.
 
-    The statistics of averaged weights are only near the averaged statistics: after
+    The averaged statistics are only near the statistics of the averaged weights. After
     large steps, measure them anew (`jaxbn.population.recalibrate`).
 
     Args:
       new: A tree of arrays: parameters, `batch_stats`, states of layers.
-      old: The target, a tree of the same structure. In half precision small steps are
-        lost: keep it in float32.
+      old: The target, a tree of the same structure. Keep it in float32, because small
+        steps are lost in half precision.
       step_size: The weight of `new`, from 0 to 1.
 
     Returns:

@@ -1,6 +1,6 @@
 """Praxis' and Lingvo's batch norms: their options and their arrays.
 
-Neither is imported. Both store γ − 1 where others store γ.
+Neither is imported. Both store γ − 1 where other libraries store γ.
 
 | | Praxis, Lingvo | jaxbn |
 | --- | --- | --- |
@@ -39,7 +39,7 @@ def options(*, decay: float = 0.999) -> dict[str, Any]:
 
     Returns:
       Options for `jaxbn.layers.standard` and both `BatchNorm` modules. For training
-      with `use_moving_avg_in_training` see `jaxbn.layers.streaming`. Paddings, which
+      with `use_moving_avg_in_training`, see `jaxbn.layers.streaming`. Paddings, which
       are 1 where a mask is 0, become `weights=1 - paddings`.
 
     Raises:
@@ -109,7 +109,7 @@ def from_jaxbn(
     unbiased: bool = False,
     count: float | None = None,
 ) -> dict[str, np.ndarray]:
-    """The inverse of `to_jaxbn`: arrays for one batch norm of Praxis or Lingvo.
+    """Makes arrays for one batch norm: the inverse of `to_jaxbn`.
 
     Args:
       params: "scale", "bias", both or neither.
@@ -117,7 +117,7 @@ def from_jaxbn(
       minus_one: Whether to write `gamma` as γ − 1.
       unbiased: Whether the variance was tracked with `unbiased=True`. If so, it is
         converted to var·(n − 1)/n.
-      count: n; only with `unbiased=True`.
+      count: n, as for `to_jaxbn`; only with `unbiased=True`.
 
     Returns:
       A dict of NumPy arrays by name.
@@ -158,7 +158,7 @@ def batch_norms(
     """Converts every batch norm in a Praxis model, recognized by its moving statistics.
 
     Args:
-      variables: The model's variables: a nested dict with the collections `params`
+      variables: The variables of the model: a nested dict with the collections `params`
         (gamma, beta) and `non_trainable` (moving_mean, moving_variance). Or a dict of
         all four without collections, nested or by path ("block/norm/gamma").
       minus_one: As for `to_jaxbn`.
@@ -167,8 +167,8 @@ def batch_norms(
 
     Returns:
       A dict from the path of a layer, such as "encoder/bn", to its `(params, stats)`.
-      Layers repeated in a scan have arrays with one more axis; index it before using
-      them.
+      The arrays of layers that are repeated in a scan have one more axis; index it
+      before using them.
 
     Raises:
       TypeError: As for `to_jaxbn`.

@@ -45,15 +45,16 @@ def options(
 
     Args:
       eps: torch's epsilon.
-      momentum: torch's: the weight of the *new* value, or None for a plain average.
+      momentum: torch's momentum: the weight of the *new* value, or None for a plain
+        average.
       affine: Whether there are a weight and a bias.
       track_running_stats: False normalizes by the batch at inference too, which is
         `pseudo_samples=0.0` in jaxbn.
       bias: Whether there is a bias in addition to the weight.
 
     Returns:
-      Options for `jaxbn.layers.standard` and both `BatchNorm` modules. torch's channels
-      are axis 1: to keep them there, add `feature_axes=1` (`axis=1` in a module).
+      Options for `jaxbn.layers.standard` and both `BatchNorm` modules. The channels of
+      torch are axis 1; to keep them there, add `feature_axes=1` (`axis=1` in a module).
 
     Raises:
       TypeError: `affine`, `bias` or `track_running_stats` is neither True nor False.
@@ -98,7 +99,7 @@ def to_jaxbn(
 
     Returns:
       `(params, stats)`, as `init` of `jaxbn.layers.standard(**options(...))` returns
-      them, in float32 (float64 if given as float64 and JAX has 64 bits switched on).
+      them, in float32 (or float64, if given as float64 and enabled in JAX).
 
     Raises:
       TypeError: A value is not an array of numbers.
@@ -125,12 +126,12 @@ def from_jaxbn(
     unbiased: bool = False,
     count: float | None = None,
 ) -> dict[str, np.ndarray]:
-    """The inverse of `to_jaxbn`: arrays for one batch norm of torch.
+    """Makes arrays for one batch norm of torch: the inverse of `to_jaxbn`.
 
     Args:
       params: "scale" and "bias", "scale" alone, or neither.
       stats: The running statistics. Their `step` becomes num_batches_tracked, which
-        torch only needs for `momentum=None`: at 0 the next batch replaces them.
+        torch needs only for `momentum=None`: if it is 0, the next batch replaces them.
       unbiased: Whether they were tracked with `unbiased=True`. If not, torch needs
         var·n/(n − 1).
       count: n, the number of values per feature in a training batch; only with
@@ -142,8 +143,8 @@ def from_jaxbn(
 
     Raises:
       TypeError: `stats` is not a `RunningStats`.
-      ValueError: There is a bias without a scale, several feature axes, or as for
-        `to_jaxbn`.
+      ValueError: There is a bias without a scale, there are several feature axes, or as
+        for `to_jaxbn`.
 
     Example:
       >>> import jaxbn
@@ -228,26 +229,26 @@ def batch_norms(
 
 
 def frozen_to_jaxbn(arrays: Arrays, *, eps: float = 1e-5) -> Converted:
-    """Converts detectron2's or torchvision's `FrozenBatchNorm2d`, for epsilon 0.
+    """Converts `FrozenBatchNorm2d` of detectron2 or torchvision, for epsilon 0.
 
         y = weight · (x − running_mean) / √(running_var + eps) + bias
 
     These libraries have changed whether eps is added, and detectron2 subtracts it from
-    old checkpoints, which makes small variances negative. Here it becomes part of the
-    variance, so nothing is lost: use `epsilon=0.0` in jaxbn.
+    old checkpoints, which makes small variances negative. Here, eps becomes part of the
+    variance, so nothing is lost. Use `epsilon=0.0` in jaxbn.
 
     Args:
       arrays: A dict with `weight`, `bias`, `running_mean` and `running_var`.
       eps: The number that the layer adds to the variance: its `eps`, or 0 if the
         library added none (checkpoints of detectron2 before version 3, the first
-        torchvisions).
+        versions of torchvision).
 
     Returns:
       `(params, stats)`, where `stats.var` is running_var + eps.
 
     Raises:
       TypeError: As for `to_jaxbn`.
-      ValueError: As for `to_jaxbn`; running_var + eps is negative.
+      ValueError: As for `to_jaxbn`, or running_var + eps is negative.
 
     Example:
       >>> import jaxbn, numpy as np

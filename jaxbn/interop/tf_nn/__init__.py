@@ -1,7 +1,7 @@
 """TensorFlow's functions for batch norm, computed by jaxbn.
 
-They have the same names, arguments and meaning as in `tf.nn` (and `tf.compat.v1.nn` for
-`fused_batch_norm`), so code ports line by line. The differences are intended:
+They have the same names, arguments and meaning as in `tf.nn` (`tf.compat.v1.nn` for
+`fused_batch_norm`), so code can be ported line by line. The differences are intended:
 
 - Derivatives of every order are right. TensorFlow stops the gradient of the mean inside
   the variance of `moments`, which makes Hessians wrong.

@@ -25,19 +25,19 @@ def batch_normalization(
     Args:
       x: Floating or complex array.
       mean: Array that broadcasts with `x`, in either direction, by NumPy's rule, like
-        the following arrays.
-      variance: Likewise; real.
-      offset: Likewise, or None for 0.
-      scale: Likewise, or None for 1. Note the order: offset comes first.
-      variance_epsilon: A number or a scalar array; gradients stop there.
+        the other arrays.
+      variance: Real array that broadcasts likewise.
+      offset: Array that broadcasts likewise, or None for 0.
+      scale: Array that broadcasts likewise, or None for 1. Note the order: offset comes
+        first.
+      variance_epsilon: A number or a scalar array; gradients stop at it.
       name: The `jax.named_scope` of the operations, by default "batchnorm".
 
     Returns:
-      Array with the dtype of `x`, and the shape of `x` unless another is larger.
+      Array with the dtype of `x`, and the shape of all arrays broadcast together.
 
     Raises:
-      TypeError: An argument is not floating or complex, or is complex where `x` is
-        real.
+      TypeError: An argument is not floating or complex, or is complex and `x` is real.
       ValueError: The shapes do not broadcast together, or `variance_epsilon` is not a
         real, non-negative scalar.
 

@@ -28,7 +28,7 @@ def fused_batch_norm(
     name: str | None = None,
     exponential_avg_factor: ArrayLike = 1.0,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Batch norm of images, like `tf.compat.v1.nn.fused_batch_norm`.
+    """Normalizes images, like `tf.compat.v1.nn.fused_batch_norm`.
 
         training     y = (x − m) · scale / √(v + epsilon) + offset
                      running_mean = (1 − f) · mean + f · m
@@ -43,28 +43,29 @@ def fused_batch_norm(
       x: Floating array of rank 4 or 5.
       scale: Factor γ, one number per channel.
       offset: Offset β, shaped like `scale`.
-      mean: The running mean, shaped like `scale`. May be left out in training, if
+      mean: The running mean, shaped like `scale`. It may be left out in training, if
         `exponential_avg_factor` is 1.
       variance: The running variance; pass it if and only if you pass `mean`.
-      epsilon: Added to the variance. A number or a scalar array; gradients stop there.
-        As in TensorFlow 2.20 there is no minimum; older versions replaced anything
-        smaller by 1.001e-5.
+      epsilon: Added to the variance. A number or a scalar array; gradients stop at it.
+        As in TensorFlow 2.20, there is no minimum; older versions replaced smaller
+        numbers by 1.001e-5.
       data_format: "NHWC" or "NDHWC" for channels last, "NCHW" or "NCDHW" for channels
         first; usually the shorter names for rank 4 and the longer ones for rank 5.
       is_training: Whether to normalize by the batch's own statistics, and update the
         running statistics. A Python bool.
       name: The `jax.named_scope` of the operations, by default "FusedBatchNormV3".
       exponential_avg_factor: The weight f of the batch in the running statistics, from
-        0 to 1. With 1 they equal the batch statistics. A number, or a scalar array,
+        0 to 1. With 1, they are the batch statistics. A number, or a scalar array,
         which TensorFlow does not allow. At inference, running statistics do not change.
 
     Returns:
-      `(y, running_mean, running_var)`. `y` has the shape and dtype of `x`; the others
-      have the shape of `scale`, and the dtypes of `mean` and `variance` (without them,
-      float32, or float64 for float64 `x`). In training no gradient passes through the
-      running statistics; at inference they are `mean` and `variance`, and `y` has a
-      gradient for them, which TensorFlow leaves out. A batch without elements does not
-      change them (without them, 0 and 1), where TensorFlow returns NaN.
+      `(y, running_mean, running_var)`. `y` has the shape and dtype of `x`. The others
+      have the shape of `scale`, and the dtypes of `mean` and `variance` (without these,
+      float32, or float64 for float64 `x`). In training, no gradient passes through the
+      running statistics. At inference, they are `mean` and `variance`, and `y` has a
+      gradient with respect to them, which TensorFlow leaves out. A batch without
+      elements leaves the running statistics unchanged (without these, it returns 0 and
+      1); TensorFlow returns NaN.
 
     Raises:
       TypeError: An array is not floating, or `is_training` is not a bool.

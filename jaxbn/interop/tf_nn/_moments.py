@@ -19,7 +19,7 @@ def moments(
     keepdims: bool = False,
     name: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Mean and variance of `x` over `axes`, like `tf.nn.moments`.
+    """Computes the mean and variance of `x` over `axes`, like `tf.nn.moments`.
 
         mean = E[x]      variance = E[|x − mean|²]
 
@@ -27,9 +27,9 @@ def moments(
       x: Floating or complex array.
       axes: The axes to *reduce* (jaxbn's own functions name the axes to keep).
       shift: Array near the mean, such as a running mean, that broadcasts against `x`
-        with length 1 along `axes`. `x` is then read once, not twice; the nearer the
-        shift, the more exact the variance (see `jaxbn.moments`). TensorFlow has the
-        argument but ignores it. Gradients stop at the shift.
+        with length 1 along `axes`. `x` is then read once instead of twice; the nearer
+        the shift, the more exact the variance (see `jaxbn.moments`). TensorFlow has
+        this argument but ignores it. Gradients stop at the shift.
       keepdims: Whether to keep the reduced axes with length 1.
       name: The `jax.named_scope` of the operations, by default "moments".
 
@@ -69,7 +69,7 @@ def weighted_moments(
     keepdims: bool = False,
     name: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Weighted mean and variance of `x` over `axes`, like `tf.nn.weighted_moments`.
+    """Computes the weighted mean and variance of `x`, like `tf.nn.weighted_moments`.
 
         mean = Σwx / Σw      variance = Σw|x − mean|² / Σw
 

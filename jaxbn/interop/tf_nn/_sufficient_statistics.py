@@ -17,13 +17,14 @@ def sufficient_statistics(
     keepdims: bool = False,
     name: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """Count and sums of `x` over `axes`, like `tf.nn.sufficient_statistics`.
+    """Computes the count and sums of `x`, like `tf.nn.sufficient_statistics`.
 
         counts = n      m_ss = Σ(x − shift)      v_ss = Σ|x − shift|²
 
-    Sums of several parts can be added, if the shift is the same. Without a shift near
-    the mean, the variance from `normalize_moments` loses all its digits where mean/std
-    is large: prefer `moments`, which does not, or `jaxbn.merge_moments`.
+    Sums of several parts can be added, if they have the same shift. Without a shift
+    near the mean, the variance from `normalize_moments` loses all its digits if
+    mean/std is large. `moments` and `jaxbn.merge_moments` do not lose them, so prefer
+    these.
 
     Args:
       x: Floating or complex array.
@@ -83,7 +84,7 @@ def normalize_moments(
     shift: ArrayLike | None,
     name: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Mean and variance from sufficient statistics, like `tf.nn.normalize_moments`.
+    """Converts sufficient statistics to moments, like `tf.nn.normalize_moments`.
 
         mean = mean_ss / counts + shift
         variance = max(0, variance_ss / counts − |mean_ss / counts|²)
@@ -97,8 +98,8 @@ def normalize_moments(
 
     Returns:
       `(mean, variance)` in the dtypes of `mean_ss` and `variance_ss`. The variance is
-      never negative, as rounding can make it in TensorFlow. Where `counts` is 0, the
-      mean is the shift, and the variance 0.
+      never negative (in TensorFlow, rounding can make it so). Where `counts` is 0, the
+      mean is the shift, and the variance is 0.
 
     Raises:
       TypeError: An argument has the wrong kind of numbers; `counts` may be integers.
