@@ -1,7 +1,8 @@
-"""CPU kernels for jaxbn: the sums of batch norm and dx, behind XLA's FFI.
+"""CPU kernels for jaxbn: the sums and the backward pass of batch norm.
 
-They are for jaxbn, which calls them where they are installed; but they are functions of
-JAX like any other, for programs that run on a CPU. They have no derivative here.
+jaxbn calls these kernels if this package is installed. They can also be called like any
+other JAX function, in programs that run on a CPU (they are calls of the XLA FFI). They
+have no derivatives.
 """
 
 import ctypes
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from jax.typing import ArrayLike
 
 __version__ = "0.1.0"
-# What jaxbn relies on: it uses no library of another number.
+# The interface that jaxbn expects; it ignores a package with another number.
 INTERFACE = 1
 DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 
@@ -34,28 +35,31 @@ def moments(
     *,
     feature_axes: int | tuple[int, ...] = -1,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Mean of each feature, what rounding took off it, and the squares about it.
+    """Computes each feature's mean, its rounding error, and its squared deviations.
 
         n = Σw      mean + rest = Σwx / n      squares = Σw(x − mean)²
 
-    Summed in blocks that are pooled in float64 (Chan), so that the squares are exact
-    for any ratio of mean to standard deviation; and the same to the bit in every run
-    with as many threads. Where the weight is 0, `x` may be anything.
+    The sums are taken in blocks, which are pooled in float64 (Chan), so `squares` is
+    exact for any ratio of mean to standard deviation. Results are the same, bit for
+    bit, in every run with the same number of threads. Where the weight is 0, `x` may be
+    anything.
 
     Args:
       x: Array of float32 or bfloat16.
-      weights: float32, not negative, of the shape of `x` with the feature axes of
-        length 1; by default 1.
-      feature_axes: The axes that are not reduced, one or several next to each other. By
-        default the last.
+      weights: Non-negative float32 array with the shape of `x`, but length 1 along the
+        feature axes; by default 1.
+      feature_axes: The axes that are not reduced, one or several adjacent ones in
+        ascending order. By default the last.
 
     Returns:
-      `(mean, rest, squares)`, float32 with the shape of the feature axes; 0 where there
-      is no weight. `mean + rest` has the digits that pooling moments far from 0 needs.
+      `(mean, rest, squares)`, float32 with the shape of the feature axes, and 0 if
+      there is no weight. `mean + rest` is more exact than `mean`, as needed to pool
+      means that are far from 0.
 
     Raises:
-      TypeError: A dtype is another.
-      ValueError: A shape does not fit, or the feature axes are not next to each other.
+      TypeError: `x` is neither float32 nor bfloat16, `weights` are not float32, or the
+        feature axes are not integers.
+      ValueError: A shape does not fit, or the feature axes are not adjacent.
 
     Example:
       >>> import jaxbn_cpu, jax.numpy as jnp
@@ -80,24 +84,26 @@ def cotangents(
     *,
     feature_axes: int | tuple[int, ...] = -1,
 ) -> tuple[jax.Array, jax.Array]:
-    """The two sums of batch norm's backward pass.
+    """Computes the two sums of the backward pass of batch norm.
 
         first = Σdy      second = Σdy·(x − mean)
 
     Args:
-      dy: Array of float32 or bfloat16, of the shape of `x`.
+      dy: The cotangent of the output, float32 or bfloat16, with the shape of `x`.
       x: As for `moments`.
       mean: float32 with the shape of the feature axes.
-      weights: As for `moments`. They do not weigh here: where they are 0 and `x` is not
-        finite, `x` counts as the mean.
+      weights: As for `moments`, but the sums are not weighted. If a weight is 0 and `x`
+        is not finite there, the mean replaces `x`.
       feature_axes: As for `moments`.
 
     Returns:
       `(first, second)`, float32 with the shape of the feature axes.
 
     Raises:
-      TypeError: A dtype is another.
-      ValueError: A shape does not fit, or the feature axes are not next to each other.
+      TypeError: `dy` or `x` is neither float32 nor bfloat16, `weights` are not float32,
+        or the feature axes are not integers.
+      ValueError: `mean` is not float32, a shape does not fit, or the feature axes are
+        not adjacent.
 
     Example:
       >>> import jaxbn_cpu, jax.numpy as jnp
@@ -126,26 +132,28 @@ def input_cotangent(
     *,
     feature_axes: int | tuple[int, ...] = -1,
 ) -> jax.Array:
-    """What batch norm's backward pass makes of each element.
+    """Computes the cotangent of `x` in the backward pass of batch norm.
 
         dx = k·dy + w·(c1·(x − mean) + c0)
 
     Args:
-      dy: Array of float32 or bfloat16, of the shape of `x`.
+      dy: The cotangent of the output, float32 or bfloat16, with the shape of `x`.
       x: As for `moments`.
       mean: float32 with the shape of the feature axes.
-      k: Shaped as `mean`: scale / √(var + epsilon).
-      c1: Shaped as `mean`: −k·Σ(dy·(x − mean)) / ((var + epsilon)·n).
-      c0: Shaped as `mean`: −k·Σdy / n.
+      k: Shaped like `mean`: scale / √(var + epsilon).
+      c1: Shaped like `mean`: −k·Σ(dy·(x − mean)) / ((var + epsilon)·n).
+      c0: Shaped like `mean`: −k·Σdy / n.
       weights: As for `moments`.
       feature_axes: As for `moments`.
 
     Returns:
-      `dx`, with the shape and the dtype of `x`, rounded once.
+      `dx`, with the shape and dtype of `x`, rounded once.
 
     Raises:
-      TypeError: A dtype is another.
-      ValueError: A shape does not fit, or the feature axes are not next to each other.
+      TypeError: `dy` or `x` is neither float32 nor bfloat16, `weights` are not float32,
+        or the feature axes are not integers.
+      ValueError: `mean`, `k`, `c1` or `c0` is not float32, a shape does not fit, or the
+        feature axes are not adjacent.
 
     Example:
       >>> import jaxbn_cpu, jax.numpy as jnp
@@ -173,10 +181,10 @@ def _call(
     number: int = 2,
     like: jax.Array | None = None,
 ):
-    """What a kernel makes of `x` and the rest: vectors, or an array like `like`.
+    """Calls a kernel: returns feature vectors, or an array like `like`.
 
-    Arrays are handed on in the shape that they have: reshaped for the call, bfloat16
-    may be copied, and what computes `x` loops over its elements in another shape.
+    Arrays keep their shape. If they were reshaped for the call, bfloat16 might be
+    copied, and the loop that computes `x` would run over another shape.
     """
     first = axes[0] if axes else x.ndim
     features, inner = x.shape[first : first + len(axes)], x.shape[first + len(axes) :]
