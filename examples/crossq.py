@@ -36,9 +36,13 @@ import jax
 import matplotlib as mpl
 import numpy as np
 from _crossq import KINDS, Learner
+from _digits_figure import STYLE
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 EVERY, GOAL = 250, -200.0
+# Okabe and Ito's colours, in the order of `KINDS`.
+COLORS = ("#0072B2", "#D55E00", "#999999", "#009E73")
 
 
 def main() -> None:
@@ -123,23 +127,20 @@ def summary(results: dict[str, np.ndarray], args: argparse.Namespace) -> str:
 def draw(
     results: dict[str, np.ndarray], args: argparse.Namespace, figures: list[Path]
 ) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
-    axes = figure.subplots()
-    for name, values in results.items():
-        steps = args.every * np.arange(1, len(values) + 1)
-        middle = np.median(values, 1)
-        (line,) = axes.plot(steps, middle, label=name)
-        low, high = values.min(1), values.max(1)
-        axes.fill_between(steps, low, high, alpha=0.15, color=line.get_color(), lw=0)
-    axes.axhline(GOAL, color="0.5", lw=1, ls=":")
-    axes.set(
-        xlabel="steps", ylabel="return", title="Pendulum: median and range of seeds"
-    )
-    axes.legend(frameon=False)
-    for path in figures:
-        figure.savefig(path, dpi=200)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 4), layout="constrained")
+        axes = figure.subplots()
+        for (name, values), color in zip(results.items(), COLORS, strict=True):
+            steps = args.every * np.arange(1, len(values) + 1)
+            axes.plot(steps, np.median(values, 1), label=name, color=color)
+            low, high = values.min(1), values.max(1)
+            axes.fill_between(steps, low, high, alpha=0.15, color=color, lw=0)
+        axes.axhline(GOAL, color="#999999", lw=1, ls=":")
+        axes.set(xlabel="step", ylabel="return")
+        axes.set_title("Pendulum: median and range of seeds")
+        axes.legend()
+        for path in figures:
+            figure.savefig(path, dpi=200)
 
 
 if __name__ == "__main__":
