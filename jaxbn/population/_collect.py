@@ -88,7 +88,7 @@ def pool(moments_fn: Callable[[Any], Any], batches: Iterable[Any]) -> tuple[int,
     if not done:
         raise ValueError(
             "`batches` is empty. If it is an iterator, another loop may have used it "
-            "up: pass a list, or make it anew."
+            "up: pass a list, or make a new one."
         )
     number, pooled = done.pop()
     while done:

@@ -29,10 +29,11 @@ def summary(drifts: Any) -> str:
       drifts: A tree of `Drift`.
 
     Returns:
-      A Markdown table that lines up as plain text. For each layer, it has the median
-      and the largest symmetric KL divergence of the channels, the largest mean shift in
-      running standard deviations, the smallest and the largest variance ratio, and the
-      number of channels that are dead or not finite.
+      A Markdown table that lines up as plain text. For each layer, it has the number of
+      channels, the median and the largest symmetric KL divergence, the largest mean
+      shift in running standard deviations, the smallest and the largest variance ratio,
+      the numbers of dead and of non-finite channels, and a remark if the layer has no
+      data or was never updated.
 
     Raises:
       TypeError: The tree has leaves other than `Drift`.
