@@ -170,7 +170,7 @@ def incremental_update(new: Any, old: Any, step_size: ArrayLike) -> Any:
     models.
 
     The averaged statistics are only near the statistics of the averaged weights. After
-    large steps, measure them anew (`jaxbn.population.recalibrate`).
+    large steps, measure them again (`jaxbn.population.recalibrate`).
 
     Args:
       new: A tree of arrays: parameters, `batch_stats`, states of layers.
