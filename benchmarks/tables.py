@@ -147,7 +147,7 @@ TABLES = {
 
 
 def rendered(page: str) -> str:
-    """The page with its tables made anew."""
+    """The page with its tables written again."""
 
     def table(found: re.Match) -> str:
         return f"{found[1]}\n{TABLES[found[2]]()}\n{found[3]}"

@@ -64,12 +64,12 @@ from jaxbn.interop.optax import incremental_update
 from jaxbn.linen import load_stats, moments_fn
 
 DECAYS = (0.9, 0.98)  # Of the EMA, per step.
-HEAD = ["", "of one member", "averaged", "measured anew"]
+HEAD = ["", "of one member", "averaged", "measured again"]
 LOOKS = {
     "as they are, averaged": ("#333333", "s", (0, (3.5, 1.5))),
-    "as they are, measured anew": ("#333333", "s", "-"),
+    "as they are, measured again": ("#333333", "s", "-"),
     "aligned, averaged": ("#0072B2", "o", (0, (3.5, 1.5))),
-    "aligned, measured anew": ("#0072B2", "o", "-"),
+    "aligned, measured again": ("#0072B2", "o", "-"),
 }
 
 Found = dict[str, list[float]]  # Accuracies of each average.
@@ -203,7 +203,7 @@ def draw(paths: Found, shares: np.ndarray, path: Path) -> None:
                 linestyle=dashes,
                 label=name,
             )
-        axes.set_title("Between two networks that were trained apart")
+        axes.set_title("Between two networks trained separately")
         axes.set_xlabel("share of the second network's weights")
         axes.set_ylabel("test accuracy")
         axes.set_ylim(0, 1.03)
@@ -229,7 +229,7 @@ def main(argv: Sequence[str] | None = None, net: Network | None = None) -> Found
         points = path_between(net, data, one, end, shares)
         found[f"two networks, {kind}"] = points[len(points) // 2]
         paths[f"{kind}, averaged"] = [point[1] for point in points]
-        paths[f"{kind}, measured anew"] = [point[2] for point in points]
+        paths[f"{kind}, measured again"] = [point[2] for point in points]
 
     rows = [[name, *map(percent, row)] for name, row in found.items()]
     results = {"accuracies": found, "shares": shares.tolist(), "paths": paths}

@@ -61,7 +61,13 @@ LEARNING_RATE = 0.05  # Of the pixels, by Adam.
 TV = 0.1  # Weight of the total variation.
 STATISTICS = 0.3  # Weight of the distance of the statistics.
 SHOWN = 20
-HEAD = ["", "distance of statistics", "made by", "other network", "trained on them"]
+HEAD = [
+    "",
+    "distance of statistics",
+    "its network",
+    "another network",
+    "after training on them",
+]
 
 Results = dict[str, dict[str, float]]
 

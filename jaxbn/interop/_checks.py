@@ -43,7 +43,7 @@ def require_layer(keys: Mapping[str, str], found: Mapping[str, np.ndarray]) -> N
     require_at_least_0(keys["var"], found["var"])
     for name, array in found.items():
         if not np.all(np.isfinite(array)):
-            of_data = ", or measure the statistics anew, by `jaxbn.population`"
+            of_data = ", or measure the statistics again, by `jaxbn.population`"
             raise ValueError(
                 f"`{keys[name]}` has NaN or infinity: the checkpoint is damaged. Take "
                 f"an earlier one{of_data if name == 'mean' else ''}."
