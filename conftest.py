@@ -28,10 +28,16 @@ def pytest_configure(config):
         return
     jax.config.update("jax_disable_most_optimizations", True)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # For the processes of tests.
-    # Later versions do not know this flag, and stop.
+    # Later versions do not know the first flag, and stop; the second does not help there.
     if jax.__version_info__ < (0, 11):
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
+        os.environ["XLA_FLAGS"] = " ".join(
+            [
+                os.environ.get("XLA_FLAGS", ""),
+                "--xla_cpu_use_fusion_emitters=false",
+                "--xla_cpu_parallel_codegen_split_count=1",
+            ]
+        )
+
 
 
 def pytest_collection_modifyitems(config, items):
