@@ -39,7 +39,6 @@ def pytest_configure(config):
         )
 
 
-
 def pytest_collection_modifyitems(config, items):
     """Leaves out what `--quick` would make meaningless."""
     if not config.getoption("--quick"):
