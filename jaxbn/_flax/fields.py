@@ -197,7 +197,7 @@ def require_features(
     name: str, mean: jax.Array, expected: Any, x: jax.Array, axes: tuple[int, ...]
 ) -> None:
     """Raises if the features of `x` do not match the module's statistics."""
-    shape = np.shape(mean)  # (Exporters replace JAX's functions by others.)
+    shape = np.shape(mean)  # (Exporters replace JAX's functions with others.)
     if shape != expected.shape:
         leading = len(expected.shape) - len(axes)
         raise ValueError(

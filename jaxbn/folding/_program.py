@@ -80,7 +80,7 @@ class Program:
         return found
 
     def replace(self, old: Value, new: Value) -> None:
-        """Replaces every use of `old` by `new`."""
+        """Replaces every use of `old` with `new`."""
         for op in self.ops:
             op.inputs = [new if v is old else v for v in op.inputs]
         self.outputs = [new if v is old else v for v in self.outputs]

@@ -43,7 +43,7 @@ def options(
       scale: Whether there is a gamma.
       fused: Whether the layer ran in the fused kernel of tf.keras 2, which is the
         default there for inputs of rank 4 and tracks the unbiased variance. Older
-        versions of that kernel replaced any smaller epsilon by 1.001e-5.
+        versions of that kernel replaced any smaller epsilon with 1.001e-5.
 
     Returns:
       Options for `jaxbn.layers.standard` and both `BatchNorm` modules. For

@@ -192,5 +192,5 @@ def _turn_back(node: Any, kind: type, old: dict[str, Any], new: dict[str, Any]) 
         if name not in old:
             vars(node).pop(name, None)
         elif vars(node).get(name) is value or isinstance(value, jax.Array):
-            # (nnx's transforms replace arrays by other arrays.)
+            # (nnx's transforms replace arrays with other arrays.)
             object.__setattr__(node, name, old[name])
