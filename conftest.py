@@ -28,7 +28,7 @@ def pytest_configure(config):
         return
     jax.config.update("jax_disable_most_optimizations", True)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # For the processes of tests.
-    # Later versions do not know the first flag, and stop. The second does not help there.
+    # Later versions do not know the first flag, and stop. The second is no help there.
     if jax.__version_info__ < (0, 11):
         os.environ["XLA_FLAGS"] = " ".join(
             [
