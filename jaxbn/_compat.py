@@ -144,6 +144,14 @@ def exportable(name: str) -> Callable[[Kind], Kind]:
     return register
 
 
+def assign(variable: Any, value: jax.Array) -> None:
+    """Gives an nnx variable a value whose dtype may be another than it had."""
+    if hasattr(variable, "set_value"):
+        variable.set_value(value)  # `variable[...] = value` would cast it.
+    else:  # Flax before 0.12.1
+        variable[...] = value
+
+
 def require_flax(name: str, *least: int) -> None:
     """Refuses a Flax that is too old for the module `name`."""
     found = importlib.metadata.version("flax")

@@ -385,3 +385,48 @@ def test_one_step_per_group_and_one_per_window_is_an_error():
 
 
 assert len(IDS) == len(EMBEDDINGS) == len(X)
+
+
+def window(api, parts, stats):
+    """The statistics after a window that starts from `stats`, as a dict."""
+    options = dict(momentum=jaxbn.debiased(0.9), accumulate=True)
+    if api == "linen":
+        module = jaxbn.linen.BatchNorm(use_running_average=False, **options)
+        variables = module.init(jax.random.key(0), parts[0])
+        variables = {**variables, "batch_stats": dict(stats)}
+        for x in parts:
+            _, new = module.apply(variables, x, mutable=BOTH)
+            variables = {**variables, **new}
+        return variables["batch_stats"]
+    module = jaxbn.nnx.BatchNorm(parts[0].shape[-1], rngs=nnx.Rngs(0), **options)
+    for name, value in stats.items():
+        setattr(module, name, nnx.BatchStat(value))
+    for x in parts:
+        module(x)
+    return {name: getattr(module, name)[...] for name in stats}
+
+
+@pytest.mark.parametrize("api", ["linen", "nnx"])
+@pytest.mark.parametrize("wide", ["step", "mean and var"])
+def test_a_window_starts_from_statistics_of_any_dtype(x64, api, wide):
+    # The record was made for float32 and an integer step; then came a checkpoint.
+    dtype, step = ("float64", 7) if wide == "mean and var" else ("float32", 7.5)
+    mean = np.array([1 / 3, 1e9 + 1 / 3, 0.1], dtype)
+    var = np.array([1 / 7, 1.1, 2.0], dtype)
+    stats = {
+        "mean": jnp.asarray(mean),
+        "var": jnp.asarray(var),
+        "step": jnp.array(step),
+    }
+    if wide == "step":
+        stats["step"] = jnp.float32(step)
+    parts = [numbers((4, 3), "float32", seed=i) for i in range(2)]
+    got = window(api, [jnp.asarray(x) for x in parts], stats)
+    m = jaxbn.moments(jnp.concatenate(parts))
+    expected = jaxbn.update(
+        jaxbn.RunningStats(**stats), m, momentum=jaxbn.debiased(0.9)
+    )._asdict()
+    for name, value in expected.items():
+        assert got[name].dtype == value.dtype
+        rtol = 1e-7 if dtype == "float64" else 1e-5
+        np.testing.assert_allclose(got[name], value, rtol=rtol, atol=1e-6)

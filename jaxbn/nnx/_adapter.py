@@ -181,7 +181,7 @@ class Adapter(nnx.Module):
             for name, variable in stats.items():
                 variable[...] = getattr(new, name)
         for name, value in recorded.items():
-            record[name][...] = value  # type: ignore  (None recorded nothing)
+            _compat.assign(record[name], value)  # type: ignore  (None recorded nothing)
         return y
 
     def _is_training(self, use_running_average: bool | None) -> bool:
