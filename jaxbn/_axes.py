@@ -125,7 +125,7 @@ def weights_like(
     if jnp.issubdtype(weights.dtype, jnp.complexfloating):
         raise TypeError(
             f"`{name}` must be boolean or real, got dtype {weights.dtype}. "
-            "Pass the magnitude, or where it is not 0."
+            f"Pass the magnitude, or `{name} != 0`."
         )
     index = ", ".join([":", *["None"] * (x.ndim - 1)])
     hint = f"one weight per example, of shape (N,), is `{name}[{index}]`"

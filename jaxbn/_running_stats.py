@@ -307,8 +307,8 @@ def _check_update(stats: RunningStats, moments: Moments) -> None:
         if old.shape != new.shape:
             raise ValueError(
                 f"`moments.{name}` has shape {new.shape}, expected {old.shape} as "
-                f"`stats.{name}`. Make `stats` by `init_stats` with the shape of the "
-                "feature axes."
+                f"`stats.{name}`. Make `stats` with `init_stats`, for the shape of "
+                "the feature axes."
             )
         _dtypes.require_no_imaginary_loss(
             f"moments.{name}", new, f"stats.{name}", old.dtype
@@ -317,14 +317,14 @@ def _check_update(stats: RunningStats, moments: Moments) -> None:
     step = jnp.asarray(stats.step).dtype
     if jnp.issubdtype(step, jnp.floating) and jnp.finfo(step).bits < 32:
         raise TypeError(
-            f"`stats.step` is {step}, in which a count soon stops. Keep it an integer: "
-            "where statistics are cast, leave out what is not floating."
+            f"`stats.step` is {step}, which is too narrow to count in. Keep it an "
+            "integer: if you cast statistics, cast only their floating arrays."
         )
     count, features = moments.count.shape, stats.mean.shape
     if count not in ((), features):
         raise ValueError(
             f"`moments.count` has shape {count}, expected a scalar or {features}. Pool "
-            "stacked moments by `merge_moments` first."
+            "stacked moments with `merge_moments` first."
         )
 
 
@@ -344,7 +344,7 @@ def require_momentum(momentum: Momentum) -> None:
         )
     if not any(jnp.issubdtype(values.dtype, k) for k in kinds):
         raise TypeError(
-            f"{kind}, an array of such, or a function of the step; got {momentum!r}."
+            f"{kind}, an array of these, or a function of the step; got {momentum!r}."
         )
     if not np.all((values >= 0) & (values <= 1)):
         raise ValueError(f"{kind}, got {momentum}.")

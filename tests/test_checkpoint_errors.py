@@ -193,7 +193,7 @@ def test_what_goes_back_is_checked_too(back, rest):
     params, stats = STATE
     with pytest.raises(TypeError, match="`stats` must be a `RunningStats`, got dict"):
         back(params, stats._asdict(), **rest)
-    with pytest.raises(ValueError, match=r"got also \['gamma'\]"):
+    with pytest.raises(ValueError, match=r"but has \['gamma'\]"):
         back({**params, "gamma": V}, stats, **rest)
     with pytest.raises(ValueError, match=r"`params\['scale'\]` has shape \(2,\)"):
         back({**params, "scale": V[:2]}, stats, **rest)

@@ -142,7 +142,7 @@ def test_features_that_never_had_data():
         (
             lambda x: {"a" if x.shape[0] == 3 else "b": jaxbn.moments(x)},
             ValueError,
-            "other layers for one batch",
+            "different layers",
         ),
     ],
 )

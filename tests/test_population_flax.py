@@ -466,7 +466,9 @@ def test_statistics_of_another_model(variables):
     complex_ = jaxbn.init_stats(2, dtype=jnp.complex64)
     with pytest.raises(TypeError, match="imaginary part would be lost"):
         jaxbn.linen.load_stats(variables, stats | {"input": complex_})
-    with pytest.raises(ValueError, match=r"has \['else'\], which the model has not"):
+    with pytest.raises(
+        ValueError, match=r"has \['else'\], which the model does not have"
+    ):
         jaxbn.linen.load_stats(variables, stats | {"else": jaxbn.init_stats(2)})
     model = NNXNet()
     stats = jaxbn.nnx.running_stats(model)

@@ -185,7 +185,7 @@ def test_moments_of_groups(stacked):
     mean, var = (np.broadcast_to(f(DATA[:6], (0, 1)), new.mean.shape) for f in STATS)
     assert_close(new.mean, mean, rtol=1e-6)
     assert_close(new.var, var, rtol=1e-5)
-    with pytest.raises(ValueError, match="moments of other shapes for one batch"):
+    with pytest.raises(ValueError, match="moments of different shapes"):
         recalibrate(measure, batches)
 
     m = measure(batches[1])

@@ -448,7 +448,7 @@ def test_nnx_windows_and_steps():
         net(X)
         jaxbn.nnx.end_accumulation(net)
     assert graph(net) == before
-    with pytest.raises(ValueError, match="'first' has counted none"):
+    with pytest.raises(ValueError, match="'first' has no `step`"):
         jaxbn.nnx.replace_batch_norm(net, momentum=jaxbn.cumulative())
     assert graph(net) == before
     own = jaxbn.nnx.BatchNorm(4, momentum=jaxbn.cumulative(), rngs=nnx.Rngs(0))
@@ -465,7 +465,7 @@ def test_nnx_undone_in_order():
     before = graph(net)
     first = jaxbn.nnx.replace_batch_norm(net.first, momentum=0.0)
     second = jaxbn.nnx.replace_batch_norm(net, momentum=0.1)
-    with pytest.raises(RuntimeError, match="Undo that one first"):
+    with pytest.raises(RuntimeError, match="Undo it first"):
         first.undo()
     second.undo()
     first.undo()

@@ -64,7 +64,7 @@ def as_names(axis_name: AxisName | None) -> tuple[str, ...]:
 def _size(name: str) -> int:
     if name is None or isinstance(name, int):  # For JAX, integers are positions.
         raise TypeError(
-            f"`axis_name` must be the name of a mapped axis, or a tuple of such, got "
+            f"`axis_name` must be the name of a mapped axis, or a tuple of names, got "
             f"{name!r}. The axes to reduce are all but `feature_axes`."
         )
     try:

@@ -231,14 +231,14 @@ def require_mask(mask: ArrayLike | None, x: jax.Array) -> None:
     by_example = f"`mask[{index}]`"
     if len(shape) == 1 < x.ndim and shape != (1,):
         raise ValueError(
-            f"`mask` has shape {shape}, `x` {x.shape}: NumPy lays it along the last "
-            f"axis. For a number per example write {by_example}, for one per entry of "
-            "the last axis `mask[None]`."
+            f"`mask` has shape {shape}, `x` {x.shape}: NumPy aligns it with the "
+            f"last axis. For a number per example, write {by_example}; for one per "
+            "entry of the last axis, `mask[None]`."
         )
     ends = shape == x.shape[x.ndim - len(shape) :]
     if len(shape) < x.ndim and shape == x.shape[: len(shape)] and not ends:
         raise ValueError(
-            f"`mask` has shape {shape}, the first axes of `x`, {x.shape}, and NumPy "
-            f"aligns the last ones. Write {by_example}."
+            f"`mask` has shape {shape}, like the first axes of `x`, {x.shape}, but "
+            f"NumPy aligns the last axes. Write {by_example}."
         )
     _axes.weights_like(mask, x, _dtypes.accumulation(x.dtype), "mask")

@@ -88,6 +88,6 @@ def require_same_layers(given: Mapping[str, Any], own: Mapping[str, Any]) -> Non
     if missing or unknown:
         raise ValueError(
             f"`stats` must have the layers of the model. It lacks {missing}, and has "
-            f"{unknown}, which the model has not. To keep the statistics of some "
+            f"{unknown}, which the model does not have. To keep the statistics of some "
             "layers, start from `running_stats`: `running_stats(...) | stats`."
         )

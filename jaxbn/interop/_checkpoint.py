@@ -45,7 +45,7 @@ def given(params: Any, stats: RunningStats, spread: str = "var") -> Found:
     _trees.require_dict("params", params)
     unknown = sorted(set(params) - {"scale", "bias"})
     if unknown:
-        raise ValueError(f"`params` may have 'scale' and 'bias', got also {unknown}.")
+        raise ValueError(f"`params` may have 'scale' and 'bias', but has {unknown}.")
     keys = {name: f"params[{name!r}]" for name in params}
     keys |= {name: f"stats.{name}" for name in RunningStats._fields}
     keys["var"] = f"stats.{spread}"

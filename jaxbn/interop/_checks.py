@@ -22,8 +22,8 @@ def require_keys(arrays: Any, names: Mapping[str, str], at: str) -> None:
     if missing or unknown:
         raise ValueError(
             f"Not the arrays of one batch norm: {[at + k for k in missing]} missing, "
-            f"{[f'{at}{k}' for k in unknown]} not known. Expected {list(names)}, of "
-            f"which {sorted(needed)} must be there."
+            f"{[f'{at}{k}' for k in unknown]} not known. Expected {list(names)}; "
+            f"{sorted(needed)} are required."
         )
 
 

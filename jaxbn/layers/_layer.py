@@ -188,8 +188,8 @@ def compose(
         if unknown := sorted(set(given) - set(inputs)):
             known = ["training", "weights", *inputs]
             raise TypeError(
-                f"This layer takes the keywords {known}, got also {unknown}. A mask is "
-                "`weights`."
+                f"This layer takes the keywords {known}, but got {unknown} as well. "
+                "Pass a mask as `weights`."
             )
         x = _dtypes.inexact_array("x", x)
         require_kind(state, kind)
@@ -265,7 +265,7 @@ def require_names(params: Params, names: Iterable[str]) -> None:
     if set(params) != set(names):
         raise ValueError(
             f"`params` has {sorted(params)}, expected {sorted(names)}. Take them from "
-            "this layer's `init`; `use_scale` and `use_bias` decide which there are."
+            "this layer's `init`; `use_scale` and `use_bias` decide on the names."
         )
 
 
@@ -286,8 +286,8 @@ def require_features(state: Any, x: jax.Array, feature_axes: tuple[int, ...]) ->
         needed = features[0] if len(features) == 1 else features
         raise ValueError(
             f"`state.mean` is for features of shape {own}, but `x` of shape {x.shape} "
-            f"has {features} along `feature_axes`, {feature_axes}. Make the state by "
-            f"`init({needed})`, or name other `feature_axes`."
+            f"has {features} along `feature_axes`, {feature_axes}. Make the state "
+            f"with `init({needed})`, or name other `feature_axes`."
         )
 
 

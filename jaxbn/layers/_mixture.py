@@ -22,7 +22,7 @@ def mixture(stats: RunningStats, m: Moments, weight: ArrayLike) -> Moments:
     if features != stats.mean.shape:
         raise ValueError(
             f"`state.mean` has shape {stats.mean.shape}, but the features of `x` have "
-            f"the shape {features}. Make the state by `init` for these features."
+            f"the shape {features}. Make the state with `init` for these features."
         )
     _dtypes.require_no_imaginary_loss("state.mean", stats.mean, "x", m.mean.dtype)
     count = jnp.expand_dims(m.count, tuple(range(m.count.ndim, m.mean.ndim)))

@@ -201,7 +201,7 @@ class Adapter(nn.Module):
                 own = "`momentum`" if callable(self.momentum) else "A field"  # type: ignore
                 raise ValueError(
                     f"{own} is a function of the step, but `batch_stats` has a mean "
-                    "and no `step`: it comes from a module where it was a number. "
+                    "and no `step`, so it comes from a module where it was a number. "
                     "Add `step`, an int32 scalar, the number of updates so far."
                 )
             names.remove("step")

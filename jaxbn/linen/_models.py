@@ -172,9 +172,9 @@ def _measure(
     before = dict(model_stats.layers_of(empty["batch_moments"]))
     if all(found[path]["count"] is before[path]["count"] for path in layers):
         raise ValueError(
-            "No layer of the model recorded moments: none that ran is a batch norm of "
-            "jaxbn, or it is under `nn.scan` or `nn.vmap`, and these do not lift the "
-            "collection `batch_moments` as they do `batch_stats`. Build the model with "
+            "No layer of the model recorded moments. Either no batch norm of jaxbn "
+            "ran, or it is under an `nn.scan` or `nn.vmap` that does not lift the "
+            "collection `batch_moments` like `batch_stats`. Build the model with "
             "`jaxbn.linen.BatchNorm`."
         )
     return {path: recording.moments_of(found[path]) for path in layers}, number + 1

@@ -249,9 +249,8 @@ def _checked(overrides: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     unknown = sorted(set(overrides) - FIELDS)
     if unknown:
         raise TypeError(
-            f"`overrides` has {unknown}, which are no fields of "
-            "`jaxbn.linen.BatchNorm` that a model's layers may be given from outside. "
-            f"These are: {sorted(FIELDS)}."
+            f"`overrides` has {unknown}, which cannot be changed in the layers of a "
+            f"model. These fields of `jaxbn.linen.BatchNorm` can: {sorted(FIELDS)}."
         )
     lists = ("axis", "axis_name", "axis_index_groups")
     hashable = fields.hashable(*(overrides.get(name) for name in lists))

@@ -52,7 +52,7 @@ def replace_batch_norm(model: nnx.Module, **overrides: Any) -> "Replacement":
         which may compute something else.
       ValueError: The model has no batch norm, or `momentum` is a function of the step
         and a layer has no `step`.
-      RuntimeError: In `undo()`: a later replacement of a layer is still in force.
+      RuntimeError: In `undo()`: a later replacement of a layer is still active.
 
     Example:
       >>> import jaxbn, jax.numpy as jnp
@@ -73,8 +73,9 @@ def replace_batch_norm(model: nnx.Module, **overrides: Any) -> "Replacement":
     unknown = sorted(set(overrides) - (OPTIONS - MADE))
     if unknown:
         raise TypeError(
-            f"`overrides` has {unknown}, which a `jaxbn.nnx.BatchNorm` does not take "
-            f"once it is made. It takes {sorted(OPTIONS - MADE)}."
+            f"`overrides` has {unknown}, which cannot be changed in the layers of a "
+            "model. These options of `jaxbn.nnx.BatchNorm` can: "
+            f"{sorted(OPTIONS - MADE)}."
         )
     return Replacement(model, overrides)
 
@@ -108,8 +109,8 @@ class Replacement:
         for node, *_ in self.turned:
             if _in_force[node][-1] is not self.mark:
                 raise RuntimeError(
-                    "A later `replace_batch_norm` of the same layers is still in "
-                    "force. Undo that one first."
+                    "A later `replace_batch_norm` of the same layers is still active. "
+                    "Undo it first."
                 )
         for node, kind, old, new in self.turned:
             _in_force[node].pop()
@@ -149,9 +150,9 @@ def _made(name: str, node: nnx.BatchNorm, overrides: dict[str, Any]) -> dict[str
     fresh = vars(BatchNorm(**given | overrides, rngs=nnx.Rngs(0)))
     if fresh["step"] is not None and own.get("step") is None:
         raise ValueError(
-            f"`momentum` is a function of the step, and {name!r} has counted none: it "
-            "may forget its statistics. Make the layer by `jaxbn.nnx.BatchNorm` with "
-            "this momentum, and set its `step`."
+            f"`momentum` is a function of the step, but {name!r} has no `step`, so it "
+            "could forget its statistics. Make the layer with `jaxbn.nnx.BatchNorm` "
+            "and this momentum, and set its `step`."
         )
     jaxbns = isinstance(node, BatchNorm)
     new = set(overrides) if jaxbns else set(fresh) - set(VARIABLES) | {"step"}

@@ -101,15 +101,15 @@ def _merged(first: Any, second: Any) -> Any:
     structures = [jax.tree.structure(tree) for tree in (first, second)]
     if structures[0] != structures[1]:
         raise ValueError(
-            "`moments_fn` returned other layers for one batch than for another: "
+            "`moments_fn` returned different layers for different batches: "
             f"{structures[0]} and {structures[1]}."
         )
     shapes = [[np.shape(m.mean) for m in _moments_in(t)] for t in (first, second)]
     if shapes[0] != shapes[1]:
         raise ValueError(
-            "`moments_fn` returned moments of other shapes for one batch than for "
-            f"another: {shapes[0]} and {shapes[1]}. If they are of groups, pool them "
-            "there by `jaxbn.merge_moments`."
+            "`moments_fn` returned moments of different shapes for different batches: "
+            f"{shapes[0]} and {shapes[1]}. If they are the moments of groups, pool "
+            "them in `moments_fn`, with `jaxbn.merge_moments`."
         )
     return _merge_pair(first, second)
 

@@ -109,7 +109,7 @@ def require_weight(moments: Any, remedy: str) -> None:
         if not counts.all():
             raise ValueError(
                 f"{np.sum(counts == 0)} of {counts.size} entries of layer {name!r} "
-                f"have seen no data: of a domain without an example, or of features "
+                f"have seen no data: those of a domain without examples, or features "
                 f"that a mask hides. {remedy}"
             )
 

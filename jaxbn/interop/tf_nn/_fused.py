@@ -170,8 +170,8 @@ def _running_stats(
     if mean is None or variance is None:
         raise ValueError(
             f"`mean` is {_given(mean)} and `variance` is {_given(variance)}, expected "
-            "running statistics. Pass both; none only in training with "
-            "`exponential_avg_factor` 1.0."
+            "running statistics. Pass both. You can leave them out only in "
+            "training with `exponential_avg_factor` 1.0."
         )
     old = _vector("mean", mean, channels), _vector("variance", variance, channels)
     return RunningStats(*old, step=jnp.zeros((), jnp.int32))
