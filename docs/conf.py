@@ -56,6 +56,7 @@ autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 napoleon_attr_annotations = False
+strip_signature_backslash = True  # Napoleon then keeps the underscore of `moments_`.
 maximum_signature_line_length = 72
 python_use_unqualified_type_names = True
 
