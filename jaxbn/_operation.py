@@ -9,6 +9,7 @@ differentiates a `scan`, it keeps the body of such a function, but not its rule.
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -22,8 +23,11 @@ CPU, GPUS = ("cpu",), ("cuda", "rocm")
 PLATFORMS = (*CPU, *GPUS)
 
 
-class Bound(NamedTuple):
+@dataclass(frozen=True)
+class Bound:
     """A function with its first, non-array arguments bound; equal by value."""
+
+    # JAX 0.8.0 makes weak references to what it calls, and there are none to tuples.
 
     function: Callable
     static: tuple

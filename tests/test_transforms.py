@@ -1,6 +1,7 @@
 """Under JAX's transformations and its strict modes."""
 
 import gc
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 from data import assert_close, numbers
 
 import jaxbn
+from jaxbn import _compat
 from jaxbn import _operation as operation
 
 FORMS = ("vjp", "jvp")
@@ -154,3 +156,31 @@ def test_without_jit_nothing_is_traced_again():
     step(jnp.ones((7, 3)))
     assert all(operation._forms[key] is form for key, form in before.items())
     assert len(operation._forms) == len(before)
+
+
+def equations(jaxpr):
+    """Those of a program and of the programs in it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in _compat.jaxprs_in(equation.params):
+            yield from equations(inner)
+
+
+@pytest.mark.parametrize("implementation", ["xla", None])
+def test_the_forms_of_an_operation_can_be_weakly_referenced(implementation):
+    # JAX 0.8.0 keeps traces by weak references to the functions among the parameters.
+    def f(x):
+        y, _ = jaxbn.batch_norm(x, shift="sample", implementation=implementation)
+        return jnp.sum(y**3)
+
+    program = jax.make_jaxpr(jax.grad(f))(numbers((64, 128), "float32"))
+    forms = [
+        value
+        for equation in equations(program.jaxpr)
+        if equation.primitive is operation._operation
+        for value in equation.params.values()
+        if callable(value)
+    ]
+    assert forms
+    for form in forms:
+        assert weakref.ref(form)() is form
