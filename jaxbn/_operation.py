@@ -27,7 +27,7 @@ PLATFORMS = (*CPU, *GPUS)
 class Bound:
     """A function with its first, non-array arguments bound; equal by value."""
 
-    # JAX 0.8.0 makes weak references to what it calls, and there are none to tuples.
+    # Not a tuple: JAX 0.8.0 keeps weak references to functions among parameters.
 
     function: Callable
     static: tuple

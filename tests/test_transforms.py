@@ -159,7 +159,7 @@ def test_without_jit_nothing_is_traced_again():
 
 
 def equations(jaxpr):
-    """Those of a program and of the programs in it."""
+    """Yields the equations of a program and of the programs in it."""
     for equation in jaxpr.eqns:
         yield equation
         for inner in _compat.jaxprs_in(equation.params):
